@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: MIT
+// Choosing a plan: every backend enumerates what it can run, best first, and says why it cannot run the rest.
+#include "natten/plan.h"
+
+#include "core/backend.h"
+#include "natten/error.h"
+
+namespace natten {
+namespace {
+
+// `wanted` itself, or `wanted` followed by something that begins a new part of the name.
+bool matches(std::string_view plan, std::string_view wanted) {
+  if (!plan.starts_with(wanted)) return false;
+  return plan.size() == wanted.size() || plan[wanted.size()] == '/' || plan[wanted.size()] == '-';
+}
+
+// Plans and rejections both name an engine, so a prefix of either is a name that the user may have meant.
+bool is_known(std::string_view wanted, const PlanList& list) {
+  const std::string_view engine = wanted.substr(0, wanted.find('/'));
+  for (const Backend* backend : kBackends)
+    if (engine == backend->name) {
+      if (engine == wanted) return true;
+      for (const Plan& plan : list.plans)
+        if (matches(to_string(plan), wanted)) return true;
+      for (const Rejection& rejection : list.rejections)
+        if (matches(rejection.name, wanted) || matches(wanted, rejection.name)) return true;
+    }
+  return false;
+}
+
+std::string known_names() {
+  std::string names;
+  for (const Backend* backend : kBackends) names += (names.empty() ? "" : ", ") + std::string(backend->name);
+  return names;
+}
+
+}  // namespace
+
+std::string to_string(const Plan& plan) {
+  std::string text(plan.backend);
+  if (!plan.variant.empty()) text += "/" + std::string(plan.variant);
+  const Int3 q = plan.q_tile;
+  if (q.volume() > 1) text += "/q" + std::to_string(q.z) + "x" + std::to_string(q.y) + "x" + std::to_string(q.x);
+  return text;
+}
+
+PlanList list_plans(const Problem& problem, Pass pass, DeviceKind device) {
+  PlanList list;
+  for (const Backend* backend : kBackends) {
+    if (backend->device == device)
+      backend->list_plans(problem, pass, list);
+    else
+      list.rejections.push_back({backend->name, device == DeviceKind::cpu ? "it needs CUDA tensors" : "it needs CPU tensors"});
+  }
+  return list;
+}
+
+Plan choose_plan(const Problem& problem, Pass pass, DeviceKind device, std::string_view wanted) {
+  const PlanList list = list_plans(problem, pass, device);
+  if (wanted.empty() && !list.plans.empty()) return list.plans.front();
+  for (const Plan& plan : list.plans)
+    if (matches(to_string(plan), wanted)) return plan;
+  if (!wanted.empty() && !is_known(wanted, list))
+    throw Error(ErrorKind::invalid_argument,
+                "there is no plan '" + std::string(wanted) + "' for this problem; engines: " + known_names());
+  std::string message = wanted.empty() ? "no engine can run this problem" : "plan '" + std::string(wanted) + "' cannot run this problem";
+  const char* separator = ": ";
+  for (const Rejection& rejection : list.rejections) {
+    message += separator + std::string(rejection.name) + ": " + rejection.reason;
+    separator = "; ";
+  }
+  throw Error(wanted.empty() ? ErrorKind::unsupported : ErrorKind::invalid_argument, message);
+}
+
+}  // namespace natten

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: MIT
+// The one place where a problem is checked. A message names the axis, the numbers and the remedy.
+#include "natten/problem.h"
+
+#include <limits>
+#include <string>
+
+#include "natten/error.h"
+
+namespace natten {
+namespace {
+
+// Sums of a few extents and windows must fit in an int.
+constexpr int kMaxExtent = 1 << 28;
+
+[[noreturn]] void fail(const std::string& sentence) { throw Error(ErrorKind::invalid_argument, sentence); }
+
+std::string str(int64_t n) { return std::to_string(n); }
+
+void validate_axis(const Axis& a, const std::string& axis, bool oversize) {
+  if (a.extent < 0 || a.extent > kMaxExtent)
+    fail("axis " + axis + " has " + str(a.extent) + " tokens, but an axis must have 0 to " + str(kMaxExtent));
+  if (a.window < 0 || a.window > kMaxExtent)
+    fail("kernel_size " + str(a.window) + " on axis " + axis + " must be at least 1 and at most " + str(kMaxExtent));
+  if (a.dilation < 1 || a.dilation > kMaxExtent)
+    fail("dilation " + str(a.dilation) + " on axis " + axis + " must be at least 1 and at most " + str(kMaxExtent));
+  if (a.stride < 1 || (a.window > 0 && a.stride > a.window))
+    fail("stride " + str(a.stride) + " on axis " + axis + " must be at least 1 and at most kernel_size " + str(a.window));
+  const int64_t reach = int64_t{a.window} * a.dilation;
+  if (!oversize && reach > a.extent)
+    fail("kernel_size " + str(a.window) + " with dilation " + str(a.dilation) + " needs " + str(reach) +
+         " tokens on axis " + axis + ", but the grid has " + str(a.extent) +
+         " there: choose a smaller kernel_size or dilation, or drop oversize='error'");
+}
+
+}  // namespace
+
+void validate(const Problem& p) {
+  if (p.batch < 0) fail("batch " + str(p.batch) + " must not be negative");
+  if (p.heads < 1 || p.heads_kv < 1)
+    fail("heads " + str(p.heads) + " and key/value heads " + str(p.heads_kv) + " must be at least 1");
+  if (p.heads % p.heads_kv != 0)
+    fail("heads " + str(p.heads) + " must be a multiple of key/value heads " + str(p.heads_kv) +
+         ": repeat or drop key/value heads");
+  if (p.head_dim < 1 || p.head_dim_v < 1)
+    fail("head_dim " + str(p.head_dim) + " and the values' head_dim " + str(p.head_dim_v) + " must be at least 1");
+  if (p.extra_keys < 0 || p.extra_keys > kMaxExtent)
+    fail("additional keys must number 0 to " + str(kMaxExtent) + ", not " + str(p.extra_keys));
+  const char* names[3] = {"z (first of three)", "y (second to last)", "x (last)"};
+  for (int i = 0; i < 3; ++i) validate_axis(p.axes[i], names[i], p.oversize);
+  if (!p.has_window() && p.extra_keys == 0) fail("kernel_size 0 leaves no keys: give additional keys or a kernel_size");
+  if (!p.has_window() && p.has_bias) fail("kernel_size 0 has no relative positions: drop the bias or give a kernel_size");
+  double elements = double(p.batch) * p.heads;
+  for (const Axis& a : p.axes) elements *= a.extent;
+  elements *= p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
+  if (elements > double(std::numeric_limits<int64_t>::max()) / 16)
+    fail("a tensor of " + std::to_string(elements) + " elements cannot be addressed: use a smaller batch or grid");
+}
+
+int64_t num_pairs(const Problem& p) {
+  int64_t pairs = p.has_window() ? 1 : 0;
+  for (const Axis& a : p.axes) pairs *= p.has_window() ? num_pairs(a) : 1;
+  return pairs + p.tokens() * p.extra_keys;
+}
+
+}  // namespace natten
