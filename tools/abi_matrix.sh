@@ -34,8 +34,7 @@ for requirement in "${requirements[@]}"; do
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
   "$venv/bin/python" -m pip install --disable-pip-version-check --upgrade "$requirement" numpy
   "$venv/bin/python" -m pip install --disable-pip-version-check --quiet --force-reinstall --no-deps "$wheel"
-  installed=$("$venv/bin/python" -c 'import importlib.util as u, os
-print(os.path.join(os.path.dirname(u.find_spec("natten").origin), "libnatten.so"))')
+  installed=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/natten/libnatten.so
   [ "$(sha256sum < "$installed")" = "$sum" ] || { echo "another library got installed: $installed" >&2; exit 1; }
   if result=$("$venv/bin/python" tools/abi_smoke.py); then
     results+=("$requirement: $result")

@@ -7,8 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-library=${1:-$(.venv/bin/python -c 'import importlib.util as u, pathlib
-print(pathlib.Path(u.find_spec("natten").origin).parent / "libnatten.so")')}
+library=${1:-$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/natten/libnatten.so}
 [ -f "$library" ] || { echo "no such library: $library" >&2; exit 1; }
 
 # One a line. Versioned names such as memcpy@GLIBC_2.14 lose their version.

@@ -64,15 +64,17 @@ packages() {
   done
 }
 
+one_line() { local words; mapfile -t words < <("$@"); echo "${words[*]}"; }
+
 command_for() {  # the one command that installs NEED...
   if command -v apt-get > /dev/null; then
-    echo "sudo apt-get install -y $(packages apt "$@" | xargs)"
+    echo "sudo apt-get install -y $(one_line packages apt "$@")"
   elif command -v dnf > /dev/null; then
-    echo "sudo dnf install -y $(packages dnf "$@" | xargs)"
+    echo "sudo dnf install -y $(one_line packages dnf "$@")"
   elif command -v pacman > /dev/null; then
-    echo "sudo pacman -S --needed $(packages pacman "$@" | xargs)"
+    echo "sudo pacman -S --needed $(one_line packages pacman "$@")"
   elif command -v zypper > /dev/null; then
-    echo "sudo zypper install $(packages zypper "$@" | xargs)"
+    echo "sudo zypper install $(one_line packages zypper "$@")"
   elif [ "$(uname)" = Darwin ]; then
     echo "xcode-select --install && brew install googletest"
   else
@@ -81,8 +83,8 @@ command_for() {  # the one command that installs NEED...
 }
 
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null; then
-  echo "natten needs Python >= 3.10, but '$python' is $("$python" --version 2>&1 || echo missing):" \
-    "name another one with 'make PYTHON=...'" >&2
+  found=$("$python" --version 2> /dev/null) || found="not there"
+  echo "natten needs Python >= 3.10, but $python is $found: name another one with 'make PYTHON=...'" >&2
   exit 1
 fi
 
