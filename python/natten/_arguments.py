@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: MIT
+"""The form of arguments: types, lengths, defaults. What values mean together (windows against extents, strides against
+windows, heads against key heads) is checked once, in the core.
+
+TypeError for a wrong type, ValueError for a wrong length or value, NotImplementedError for a tensor that no engine takes.
+"""
+
+import operator
+
+import torch
+
+AXES = {1: ("x",), 2: ("y", "x"), 3: ("z", "y", "x")}  # as the core calls them, slowest first
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _is_sequence(value) -> bool:
+    if isinstance(value, list | tuple):  # torch.Size is a tuple
+        return True
+    return hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, str | bytes | torch.Tensor)
+
+
+def _per_axis(name: str, value, rank: int, convert) -> list:
+    """One entry per axis of `value`, which is an entry for all axes or a sequence of them."""
+    if not _is_sequence(value):
+        return [convert(name, value)] * rank
+    if len(value) != rank:
+        axes = ", ".join(AXES[rank])
+        raise ValueError(f"{name} has {len(value)} entries but the grid has {rank} axes ({axes}): give one per axis")
+    return [convert(name, x) for x in value]
+
+
+def _integer(name: str, value):
+    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
+        return value
+    # numpy's integers come here; their bool has no __index__, and a tensor would synchronise with its device
+    if isinstance(value, bool | torch.Tensor) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer or a sequence of integers, got {_shown(value)}")
+    return operator.index(value)
+
+
+def _boolean(name: str, value) -> bool:
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
+        raise TypeError(f"{name} must be a bool or a sequence of bools, got {_shown(value)}")
+    return bool(value)
+
+
+def _shown(value) -> str:
+    return f"{value!r:.60}" if isinstance(value, str | bytes) else f"a {type(value).__name__}"
+
+
+def integers(name: str, value, rank: int, default: int = 1) -> list:
+    """Strides and dilations; None is the default."""
+    return [default] * rank if value is None else _per_axis(name, value, rank, _integer)
+
+
+def booleans(name: str, value, rank: int) -> list[bool]:
+    """Causal flags; None is False."""
+    return [False] * rank if value is None else _per_axis(name, value, rank, _boolean)
+
+
+def windows(kernel_size, extents, dilation: list) -> list:
+    """The window of every axis; -1 is the whole axis, which under dilation d means a whole group of every d-th token."""
+    rank, window = len(extents), _per_axis("kernel_size", kernel_size, len(extents), _integer)
+    for i in range(rank):
+        if window[i] == -1:
+            window[i] = max(1, -(-extents[i] // max(1, dilation[i])))
+        elif window[i] < 1:
+            raise ValueError(f"kernel_size is {window[i]} on axis {AXES[rank][i]}: give at least 1, or -1 for the whole axis")
+    return window
+
+
+def scale_or_default(scale, head_dim):
+    """The factor of the logits; zero means zero."""
+    if scale is None:
+        return head_dim**-0.5 if head_dim > 0 else 1.0
+    if not isinstance(scale, bool | torch.Tensor | str) and hasattr(scale, "__float__"):
+        return float(scale)
+    if isinstance(scale, torch.SymFloat):
+        return scale
+    raise TypeError(f"scale must be a number or None, got {_shown(scale)}")
+
+
+def flag(name: str, value) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {_shown(value)}")
+    return value
+
+
+def dense_tensor(name: str, x, function: str, axes: tuple[str, ...]) -> None:
+    """Demands a dense tensor of the element types that engines know, with the axes named."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{function} expects {name} to be a torch.Tensor, got {_shown(x)}")
+    if x.is_nested or x.layout != torch.strided:
+        kind = "nested" if x.is_nested else "sparse"
+        raise NotImplementedError(f"{function} takes dense tensors, but {name} is {kind}: convert it first")
+    if x.dim() != len(axes):
+        raise ValueError(
+            f"{function} expects {name} to have {len(axes)} dimensions [{', '.join(axes)}], got {x.dim()}: {_shape(x)}"
+        )
+
+
+def tensors_agree(function: str, first: tuple[str, torch.Tensor], *others: tuple[str, torch.Tensor | None]) -> None:
+    """Demands one dtype and one device."""
+    name, x = first
+    if x.dtype not in DTYPES:
+        names = ", ".join(str(t).removeprefix("torch.") for t in DTYPES)
+        raise NotImplementedError(f"{function} has no engine for {x.dtype} ({name}): use one of {names}")
+    for other, y in others:
+        if y is None:
+            continue
+        if y.dtype != x.dtype:
+            raise ValueError(
+                f"{function} needs one dtype, but {name} is {x.dtype} and {other} is {y.dtype}: "
+                "cast them, or call under torch.autocast"
+            )
+        if y.device != x.device:
+            raise ValueError(
+                f"{function} needs one device, but {name} is on {x.device} and {other} on {y.device}: move one of them"
+            )
+
+
+def same_sizes(function: str, names: tuple[str, str], x, y, axes: tuple[tuple[str, int], ...]) -> None:
+    """Demands that `x` and `y` have the same size along every one of `axes`, each a name and a dimension."""
+    for axis, dim in axes:
+        if x.shape[dim] != y.shape[dim]:
+            raise ValueError(
+                f"{function} needs one size of {axis}, but {names[0]} has {x.shape[dim]} {_shape(x)} "
+                f"and {names[1]} has {y.shape[dim]} {_shape(y)}"
+            )
+
+
+def _shape(x: torch.Tensor) -> str:
+    return f"[{', '.join(str(n) for n in x.shape)}]"

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: MIT
+"""Windows by plain torch ops: gathers the keys of every query, so that anything may be composed of them.
+
+Serves what the engines do not do: second derivatives and tangents (_second_order.py) and dropout (_unfused.py). Memory
+is O(queries * keys of a window * head_dim). The windows come from the op `key_spans`, that is from neighborhood.h.
+
+NOTE: products, sums and reshape, not einsum and flatten: gradcheck's batched checks use the old vmap, which lacks those.
+Shapes: L queries, W keys of a window, N additional keys, M = W + N; q [B, L, H, D], k [B, L, M, H, D], s [B, L, M, H].
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from . import _library
+
+
+class Windows(NamedTuple):
+    """All that depends on the geometry alone."""
+
+    key: torch.Tensor  # [L, W] flat index of a key; an unused slot holds some valid index
+    used: torch.Tensor  # [L, W] bool: causal windows and short dilation groups leave slots unused
+    bias: torch.Tensor  # [L, W] flat index into the bias table of a head
+
+
+def windows(extent, window, stride, dilation, causal, device) -> Windows:
+    """The windows of a grid, its axes combined row-major."""
+    zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    key, used, bias = zero, zero == 0, zero
+    if window[0] == 0:  # cross attention: no keys on the grid
+        none = zero.new_zeros(math.prod(extent), 0)
+        return Windows(none, none == 0, none)
+    for n, *parameters in zip(extent, window, stride, dilation, causal, strict=True):
+        axis = _axis_windows(n, *parameters, device)
+        shape = key.shape[0] * n, key.shape[1] * axis.key.shape[1]
+        key = (key[:, None, :, None] * n + axis.key[None, :, None]).reshape(shape)
+        used = (used[:, None, :, None] & axis.used[None, :, None]).reshape(shape)
+        bias = (bias[:, None, :, None] * (2 * parameters[0] - 1) + axis.bias[None, :, None]).reshape(shape)
+    return Windows(key, used, bias)
+
+
+def _axis_windows(extent, window, stride, dilation, causal, device) -> Windows:
+    spans = getattr(torch.ops, _library.NAMESPACE).key_spans(extent, window, stride, dilation, causal).to(device)
+    slot = torch.arange(min(window, -(-extent // dilation)), device=device)
+    query = torch.arange(extent, device=device)[:, None]
+    used = slot < spans[:, 1:]
+    key = torch.where(used, spans[:, :1] + dilation * slot, query)
+    return Windows(key, used, torch.div(key - query, dilation, rounding_mode="floor") + window - 1)
+
+
+class Gathered(NamedTuple):
+    """A problem with the keys and values of every query beside it; half types widened to float32."""
+
+    where: Windows
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    p: torch.Tensor  # [B, L, M, H]: the probabilities
+
+
+def gather(q, k, v, bias, extra_k, extra_v, window, stride, dilation, causal, scale, *_) -> Gathered:
+    """Takes the arguments of the op na_fwd."""
+    where = windows(q.shape[1:-2], window, stride, dilation, causal, q.device)
+    rows, heads = queries(q), q.shape[-2]
+    kw, vw = keys(k, extra_k, where, heads), keys(v, extra_v, where, heads)
+    logits = scale * dot(rows, kw)
+    num_extra = logits.shape[2] - where.used.shape[1]
+    if bias is not None:
+        logits = logits + bias_of(bias, where, num_extra)
+    unused = ~torch.cat([where.used, where.used.new_ones(where.used.shape[0], num_extra)], 1)
+    return Gathered(where, rows, kw, vw, logits.masked_fill(unused[:, :, None], -torch.inf).softmax(2))
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def queries(x: torch.Tensor) -> torch.Tensor:
+    """[B, *grid, H, D] -> [B, L, H, D]."""
+    return widened(x).reshape(x.shape[0], math.prod(x.shape[1:-2]), *x.shape[-2:])
+
+
+def keys(x, extra, where: Windows, heads) -> torch.Tensor:
+    """[B, *grid, Hkv, D] and [B, N, Hkv, D] or None -> [B, L, M, H, D]."""
+    x = queries(x)[:, where.key]
+    if extra is not None:
+        extra = widened(extra)[:, None]
+        x = torch.cat([x, extra.expand(extra.shape[0], x.shape[1], *extra.shape[2:])], 2)
+    *shape, heads_kv, dim = x.shape
+    if heads_kv == heads:
+        return x
+    return x[..., None, :].expand(*shape, heads_kv, heads // heads_kv, dim).reshape(*shape, heads, dim)
+
+
+def bias_of(table, where: Windows, num_extra) -> torch.Tensor:
+    """[H, 2K-1, ...] -> [L, M, H]; additional keys have none."""
+    bias = widened(table).reshape(table.shape[0], math.prod(table.shape[1:]))[:, where.bias].permute(1, 2, 0)
+    return torch.cat([bias, bias.new_zeros(bias.shape[0], num_extra, bias.shape[2])], 1)
+
+
+def dot(x, y) -> torch.Tensor:
+    """[B, L, H, D] x [B, L, M, H, D] -> [B, L, M, H]."""
+    return (x[:, :, None] * y).sum(-1)
+
+
+def mix(s, y) -> torch.Tensor:
+    """[B, L, M, H] x [B, L, M, H, D] -> [B, L, H, D]."""
+    return (s[..., None] * y).sum(2)
+
+
+def outer(s, x) -> torch.Tensor:
+    """[B, L, M, H] x [B, L, H, D] -> [B, L, M, H, D]."""
+    return s[..., None] * x[:, :, None]
+
+
+def scatter(x, where: Windows, like, like_extra):
+    """The transpose of `keys`: [B, L, M, H, D] -> [B, *grid, Hkv, D] and [B, N, Hkv, D] or None."""
+    batch, length, _, heads, dim = x.shape
+    heads_kv, num_keys = like.shape[-2], where.key.shape[1]
+    x = x.reshape(batch, length, x.shape[2], heads_kv, heads // heads_kv, dim).sum(4)
+    flat = x.new_zeros(batch, math.prod(like.shape[1:-2]), heads_kv, dim)
+    on_grid = x[:, :, :num_keys].reshape(batch, length * num_keys, heads_kv, dim)
+    grid = flat.index_add(1, where.key.reshape(-1), on_grid).reshape(like.shape).to(like.dtype)
+    return grid, None if like_extra is None else x[:, :, num_keys:].sum(1).to(like_extra.dtype)
+
+
+def scatter_bias(s, where: Windows, table):
+    """The transpose of `bias_of`: [B, L, M, H] -> [H, 2K-1, ...]."""
+    if table is None:
+        return None
+    heads, (length, num_keys) = s.shape[-1], where.bias.shape
+    rows = s[:, :, :num_keys].sum(0).reshape(length * num_keys, heads)
+    flat = rows.new_zeros(math.prod(table.shape[1:]), heads).index_add(0, where.bias.reshape(-1), rows)
+    return flat.movedim(0, 1).reshape(table.shape).to(table.dtype)

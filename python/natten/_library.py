@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""Finds libnatten.so, loads its ops into torch and wraps its few plain C functions.
+
+Nothing here raises at import time: without the library `HAS_LIBNATTEN` is False, `REASON` says why, and `refuse` stands
+in for every op. The C functions are reached by ctypes, only when somebody asks (info, plans, pair counts).
+"""
+
+import ctypes
+import functools
+import json
+import os
+from pathlib import Path
+
+import torch
+
+NAMESPACE = "natten"  # a hub build, which may live beside an installed copy, changes this one word
+_HOW_TO_BUILD = (
+    "install it with `pip install .` in the source tree, or build it with `cmake --preset dev && cmake --build --preset dev` "
+    "and set NATTEN_LIBRARY=build/dev/libnatten.so"
+)
+_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+def _load(path: Path) -> str:
+    """Loads the library; returns why it could not, or ''."""
+    # NOTE: two libraries that define one op namespace end the process inside dlopen, where no exception gets out.
+    if hasattr(getattr(torch.ops, NAMESPACE), "na_fwd"):
+        return f"another copy of it has already registered the ops torch.ops.{NAMESPACE} in this process"
+    if not path.is_file():
+        return f"there is no file {path}"
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"{path} does not load ({str(error).strip().splitlines()[0]})"
+    return ""
+
+
+PATH = Path(os.environ.get("NATTEN_LIBRARY") or Path(__file__).with_name("libnatten.so")).absolute()
+REASON = _load(PATH)
+HAS_LIBNATTEN = not REASON
+
+
+def refuse(*args, **kwargs):
+    """Stands in for every op when there is no library."""
+    raise RuntimeError(f"natten's native library is not loaded: {REASON}; {_HOW_TO_BUILD}")
+
+
+@functools.cache
+def _c_functions() -> ctypes.CDLL:
+    if not HAS_LIBNATTEN:
+        refuse()
+    library = ctypes.CDLL(str(PATH))  # the copy that torch has loaded, not a second one
+    sizes, flags = ctypes.POINTER(ctypes.c_int64), ctypes.POINTER(ctypes.c_int32)
+    library.natten_info.argtypes = []
+    library.natten_info.restype = ctypes.c_char_p
+    library.natten_num_pairs.argtypes = [ctypes.c_int, sizes, sizes, sizes, sizes, flags]
+    library.natten_num_pairs.restype = ctypes.c_int64
+    library.natten_list_plans.argtypes = (
+        [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, sizes, sizes, sizes, sizes, flags] + [ctypes.c_int] * 6
+    )
+    library.natten_list_plans.restype = ctypes.c_char_p
+    return library
+
+
+def _axes(extent, window, stride, dilation, causal):
+    rank = len(extent)
+    sizes = [(ctypes.c_int64 * rank)(*(int(x) for x in xs)) for xs in (extent, window, stride, dilation)]
+    return rank, *sizes, (ctypes.c_int32 * rank)(*(int(x) for x in causal))
+
+
+def info() -> dict:
+    """What the library says of itself: version, instruction set in use, backends with the reason of each that is off."""
+    return json.loads(_c_functions().natten_info())
+
+
+def num_pairs(extent, window, stride, dilation, causal) -> int:
+    """Query-key pairs of one sample and head, exact for every parameter; additional keys are not counted."""
+    return _c_functions().natten_num_pairs(*_axes(extent, window, stride, dilation, causal))
+
+
+def plans(backward, dtype, extent, window, stride, dilation, causal, heads, heads_kv, head_dim, head_dim_v, extra_keys,
+          has_bias) -> dict:
+    """{"plans": [...], "rejections": [{"name", "reason"}, ...]} of a problem on the CPU, best plan first."""
+    if dtype not in _DTYPES:
+        raise NotImplementedError(f"natten has no engine for {dtype}: use one of {', '.join(_DTYPES.values())}")
+    numbers = (int(x) for x in (heads, heads_kv, head_dim, head_dim_v, extra_keys, has_bias))
+    axes = _axes(extent, window, stride, dilation, causal)
+    return json.loads(_c_functions().natten_list_plans(int(backward), _DTYPES[dtype].encode(), *axes, *numbers))

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: MIT
+"""The ops of the library as torch sees them: fake kernels and derivative rules.
+
+The derivatives close after four functions: na_fwd, na_bwd and, in _second_order.py, jvp and hvp.
+    d na_fwd:  backward = na_bwd(g)                                  tangent = jvp(t)
+    d na_bwd:  backward = (jvp for g, hvp for the other inputs)      tangent = na_bwd(tangent of g) + hvp
+out and lse are inputs of na_bwd only to save a recomputation: no gradient flows into them, the formulas are total.
+The arguments are always six tensors x = (q, k, v, bias, extra_k, extra_v), of which the last three may be None, and the
+options (window, stride, dilation, causal, scale, oversize, plan).
+"""
+
+import torch
+
+from . import _library
+from ._batching import fold_rule
+from ._errors import translated
+from ._registration import register
+from ._second_order import hvp, jvp
+
+_NO_GRADIENT_OF_OPTIONS = (None,) * 7
+
+
+def with_unit_last_stride(x: torch.Tensor) -> torch.Tensor:
+    """`x`, copied if its last axis is not dense in memory: all that an engine asks of a tensor's strides."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def backward_plan(plan: str) -> str:
+    """The part of a forced plan that means something in the other pass: engine and kernel, not its tiles."""
+    return "/".join(plan.split("/")[:2])
+
+
+def _add(xs, ys):
+    return tuple(x if y is None else y if x is None else x + y for x, y in zip(xs, ys, strict=True))
+
+
+def _bwd(dout, dlse, x, out, lse, options):
+    """Gradients of the six inputs, None for the absent ones."""
+    *geometry, plan = options
+    dout = torch.zeros_like(out) if dout is None else with_unit_last_stride(dout)
+    try:
+        gradients = NA_BWD(dout, dlse, *x, out, lse, *geometry, backward_plan(plan))
+    except (RuntimeError, ValueError) as error:
+        raise translated(error, out.device.type) from None
+    return tuple(None if y is None else g for y, g in zip(x, gradients, strict=True))
+
+
+class Forward:
+    """Rules of na_fwd(*x, *options) -> (out, lse)."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save(ctx, (*inputs[:6], *output), inputs[6:])
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        *x, out, lse = ctx.saved_tensors
+        return *_bwd(dout, dlse, x, out, lse, ctx.options), *_NO_GRADIENT_OF_OPTIONS
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return jvp(ctx.saved_tensors[:6], tangents[:6], ctx.options)
+
+
+class Backward:
+    """Rules of na_bwd(dout, dlse, *x, out, lse, *options) -> gradients of x."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _save(ctx, inputs[:10], inputs[10:])
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        dout, dlse, *x, _, _ = ctx.saved_tensors
+        t = [None if y is None else g for y, g in zip(x, cotangents, strict=True)]
+        g_dout, g_dlse = jvp(x, t, ctx.options)
+        g_x = hvp(dout, dlse, x, t, ctx.options)
+        return g_dout, None if dlse is None else g_dlse, *g_x, None, None, *_NO_GRADIENT_OF_OPTIONS
+
+    @staticmethod
+    def jvp(ctx, t_dout, t_dlse, *tangents):
+        dout, dlse, *x, out, lse = ctx.saved_tensors
+        sums = _add(_bwd(t_dout, t_dlse, x, out, lse, ctx.options), hvp(dout, dlse, x, tangents[:6], ctx.options))
+        return tuple(out.new_zeros(0) if g is None else g for g in sums)
+
+
+def _save(ctx, tensors, options):
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+def _fake_fwd(q, k, v, bias, extra_k, extra_v, *options):
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=lse_dtype)
+
+
+def _fake_bwd(dout, dlse, q, k, v, bias, extra_k, extra_v, out, lse, *options):
+    return tuple(q.new_empty(0 if x is None else x.shape) for x in (q, k, v, bias, extra_k, extra_v))
+
+
+def _fake_key_spans(extent, window, stride, dilation, causal):
+    return torch.empty(extent, 2, dtype=torch.int64)
+
+
+if _library.HAS_LIBNATTEN:
+    _namespace = getattr(torch.ops, _library.NAMESPACE)
+    NA_FWD, NA_BWD = _namespace.na_fwd.default, _namespace.na_bwd.default
+    torch.library.register_fake(NA_FWD)(_fake_fwd)
+    torch.library.register_fake(NA_BWD)(_fake_bwd)
+    torch.library.register_fake(_namespace.key_spans.default)(_fake_key_spans)
+
+    # Head axes, for vmap: tensors have them last but one, lse and dlse last, a bias first.
+    Forward.vmap = staticmethod(fold_rule(NA_FWD, 3, (-2, -2, -2, 0, -2, -2), (-2, -1)))
+    Backward.vmap = staticmethod(
+        fold_rule(NA_BWD, 5, (-2, -1, -2, -2, -2, 0, -2, -2, -2, -1), (-2, -2, -2, 0, -2, -2))
+    )
+    _registrations = torch.library.Library(_library.NAMESPACE, "IMPL")  # NOTE: they die with this object
+    register(_registrations, NA_FWD, Forward)
+    register(_registrations, NA_BWD, Backward)
+else:
+    NA_FWD = NA_BWD = _library.refuse

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: MIT
+"""The tuning arguments of the original: which engine, which tiles. Engines map to plans of ours; the rest is checked for its
+form and then ignored, because our plans have no such knob. None of them changes a result.
+"""
+
+import enum
+import inspect
+from collections.abc import Mapping
+
+import torch
+
+from ._arguments import flag, integers
+
+_SCHEDULES = ("non", "coop", "pp")
+_ORIGINAL = tuple(f"{engine}-{kind}" for engine in ("cutlass", "hopper", "blackwell", "flex") for kind in ("fna", "fmha"))
+_OWN = ("cpu", "portable", "sm90", "reference")
+_CAPABILITY = {"hopper": 9, "blackwell": 10, "sm90": 9}  # the major compute capability that an engine needs
+
+
+def _tile(name, value, rank):
+    if value is not None and min(integers(name, value, rank)) < 1:
+        raise ValueError(f"{name} is {value}: every size must be at least 1")
+
+
+def _tile_size(name, value, rank):
+    _tile(name, value, 1)
+
+
+def _flag(name, value, rank):
+    if value is not None:
+        flag(name, value)
+
+
+def _schedule(name, value, rank):
+    if value is None or value in _SCHEDULES or isinstance(value, enum.Enum):
+        return
+    raise ValueError(f"{name} is {value!r}: give one of {', '.join(map(repr, _SCHEDULES))}, or None")
+
+
+def _attention_kwargs(name, value, rank):
+    if value is None:
+        return
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict or None, got a {type(value).__name__}")
+    for key in value:
+        if key != "backend" and key not in DENSE_TUNING:
+            raise ValueError(f"{name} has the key {key!r}: only the tuning arguments of natten.attention belong there")
+    check({key: x for key, x in value.items() if key != "backend"}, 1, DENSE_TUNING)
+    if value.get("backend") is not None:
+        check_backend_name(value["backend"])
+
+
+# Name of the argument: its default in the original, and what checks its form.
+TUNING = {
+    "attention_kwargs": (None, _attention_kwargs),
+    "q_tile_shape": (None, _tile),
+    "kv_tile_shape": (None, _tile),
+    "backward_q_tile_shape": (None, _tile),
+    "backward_kv_tile_shape": (None, _tile),
+    "backward_kv_splits": (None, _tile),
+    "backward_use_pt_reduction": (False, _flag),
+    "run_persistent_kernel": (True, _flag),
+    "kernel_schedule": (None, _schedule),
+    "torch_compile": (False, _flag),
+}
+DENSE_TUNING = {
+    "q_tile_size": (None, _tile_size),
+    "kv_tile_size": (None, _tile_size),
+    "backward_q_tile_size": (None, _tile_size),
+    "backward_kv_tile_size": (None, _tile_size),
+    "backward_kv_splits": (None, _tile_size),
+    **{name: TUNING[name] for name in ("backward_use_pt_reduction", "run_persistent_kernel", "kernel_schedule")},
+    "torch_compile": (False, _flag),
+}
+
+
+def check(arguments: dict, rank: int, table: dict, function: str = "attention") -> None:
+    """Checks the form of tuning arguments; one that `table` does not know is a TypeError, as in any call."""
+    for name, value in arguments.items():
+        if name not in table:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+        if name == "kernel_schedule" or value is not table[name][0]:
+            table[name][1](name, value, rank)
+
+
+def show_tuning(function):
+    """Lets `inspect.signature` (help, editors) list the tuning arguments that `**tuning` stands for."""
+    signature = inspect.signature(function)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    shown = [inspect.Parameter(name, keyword, default=default) for name, (default, _) in TUNING.items()]
+    function.__signature__ = signature.replace(parameters=own + shown)
+    return function
+
+
+def check_backend_name(backend) -> None:
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a string or None, got a {type(backend).__name__}")
+    if backend not in _ORIGINAL and backend not in _OWN:
+        names = ", ".join(map(repr, _OWN + _ORIGINAL))
+        raise ValueError(f"backend {backend!r} is unknown: give one of {names}, or None for the best one")
+
+
+def plan_of(backend, plan, device: torch.device) -> str:
+    """The plan that the op is given: '' for the best one.
+
+    `backend` is a name of the original or one of ours; one that cannot run on `device` raises ValueError. `plan` is a plan or
+    a prefix of one, see `natten.list_plans`.
+    """
+    if plan is not None and not isinstance(plan, str):
+        raise TypeError(f"plan must be a string or None, got a {type(plan).__name__}")
+    if backend is None:
+        return plan or ""
+    check_backend_name(backend)
+    engine = backend.split("-")[0]
+    needed = "cpu" if engine == "cpu" else None if engine in ("flex", "reference") else "cuda"
+    if needed is not None and device.type != needed:
+        tensors = "CPU" if needed == "cpu" else "CUDA"
+        raise ValueError(f"backend {backend!r} cannot run this call: it needs {tensors} tensors, but query is on {device}")
+    if engine in _CAPABILITY:
+        _check_capability(backend, _CAPABILITY[engine], device)
+    forced = "portable" if engine == "cutlass" else backend if backend in _OWN else ""
+    if plan and forced and plan.split("/")[0] != forced:
+        raise ValueError(f"backend {backend!r} and plan {plan!r} name different engines: give one of them")
+    return plan or forced
+
+
+def _check_capability(backend: str, needed: int, device: torch.device) -> None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if major != needed:
+        raise ValueError(
+            f"backend {backend!r} cannot run this call: it needs compute capability {needed}.x, but {device} has {major}.{minor}"
+        )

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: MIT
+"""Neighborhood attention with dropout on its probabilities, composed of torch ops.
+
+The engines have no dropout yet, and a probability of dropout that is given must act. Correct for every parameter of the
+operator and differentiable to any order; its memory is O(queries * keys of a window * head_dim).
+"""
+
+import torch
+
+from ._arguments import AXES, booleans, integers, scale_or_default, windows
+from ._gather import gather, mix
+
+
+def attention_with_dropout(
+    query,
+    key,
+    value,
+    kernel_size,
+    *,
+    dropout_p,
+    stride=1,
+    dilation=1,
+    is_causal=False,
+    scale=None,
+    rpb=None,
+    additional_keys=None,
+    additional_values=None,
+    oversize="clamp",
+):
+    """As `natten.functional.neighborhood_attention_generic`, each probability kept with 1 - dropout_p and scaled by its inverse.
+
+    `oversize` is "clamp" or "error": who wants "pad" pads beforehand.
+    """
+    extents = query.shape[1:-2]
+    rank = len(extents)
+    stride, dilation = integers("stride", stride, rank), integers("dilation", dilation, rank)
+    window, causal = windows(kernel_size, extents, dilation), booleans("is_causal", is_causal, rank)
+    for axis, n, w, d in zip(AXES[rank], extents, window, dilation, strict=True):
+        if oversize == "error" and w * d > n:
+            raise ValueError(
+                f"kernel_size {w} with dilation {d} needs {w * d} tokens on axis {axis}, but the grid has {n} there: "
+                "choose a smaller kernel_size or dilation, or drop oversize='error'"
+            )
+    tensors = query, key, value, rpb, additional_keys, additional_values
+    x = gather(*tensors, window, stride, dilation, causal, scale_or_default(scale, query.shape[-1]))
+    out = mix(torch.nn.functional.dropout(x.p, dropout_p), x.v)
+    return out.reshape(*query.shape[:-1], value.shape[-1]).to(query.dtype)

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: MIT
+"""FLOP formulas for torch.utils.flop_counter.FlopCounterMode. Import this module before the mode is entered.
+
+They count query-key pairs exactly, whatever the window, stride, dilation and causal flags: two flops per multiply-add, the
+softmax not counted. Forward 2 (D + Dv) per pair, backward 2 (3 D + 2 Dv), the logits being computed again.
+
+NOTE: not imported by the package: torch.utils.flop_counter imports triton, 0.3 s that `import natten` shall not cost.
+"""
+
+import math
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from . import _library
+
+
+def _pairs(q, extra_k, window, stride, dilation, causal) -> int:
+    """Pairs of all samples and heads; shapes stand for tensors."""
+    batch, *extent, heads, _ = q
+    pairs = _library.num_pairs(extent, window, stride, dilation, causal) if window[0] > 0 else 0
+    if extra_k is not None:
+        pairs += math.prod(extent) * extra_k[1]
+    return batch * heads * pairs
+
+
+def na_fwd_flops(q, k, v, bias, extra_k, extra_v, window, stride, dilation, causal, *args, out_shape=None, **kwargs) -> int:
+    return 2 * (q[-1] + v[-1]) * _pairs(q, extra_k, window, stride, dilation, causal)
+
+
+def na_bwd_flops(
+    dout, dlse, q, k, v, bias, extra_k, extra_v, out, lse, window, stride, dilation, causal, *args, out_shape=None, **kwargs
+) -> int:
+    return 2 * (3 * q[-1] + 2 * v[-1]) * _pairs(q, extra_k, window, stride, dilation, causal)
+
+
+if _library.HAS_LIBNATTEN:
+    _namespace = getattr(torch.ops, _library.NAMESPACE)
+    register_flop_formula(_namespace.na_fwd)(na_fwd_flops)
+    register_flop_formula(_namespace.na_bwd)(na_bwd_flops)

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: MIT
+"""Neighborhood attention and dense attention as functions of tensors, heads last.
+
+Every query attends to the `kernel_size` keys nearest to it along each axis of the grid; near a border the window is shifted
+inwards, so it keeps its size. Sources: Hassani et al., "Neighborhood Attention Transformer", arXiv 2204.07143, section 3.1
+(the operator); "Dilated Neighborhood Attention Transformer", arXiv 2209.15001, section 3 (dilation); "Generalized
+Neighborhood Attention", arXiv 2504.16922, section 3 (stride, even windows).
+"""
+
+import warnings
+
+import torch
+from torch.nn.functional import pad as _zero_pad
+
+from . import _arguments as args
+from . import _tuning, context
+from ._errors import translated
+from ._ops import NA_FWD, with_unit_last_stride
+from ._varlen import attend_nothing, attend_samples, sample_bounds
+from .merge import merge_attentions
+
+__all__ = ["attention", "merge_attentions", "na1d", "na2d", "na3d", "neighborhood_attention_generic"]
+
+
+@_tuning.show_tuning
+def neighborhood_attention_generic(
+    query,
+    key,
+    value,
+    kernel_size,
+    *too_many,
+    stride=1,
+    dilation=1,
+    is_causal=False,
+    scale=None,
+    additional_keys=None,
+    additional_values=None,
+    rpb=None,
+    return_lse=False,
+    backend=None,
+    plan=None,
+    oversize=None,
+    **tuning,
+):
+    """Neighborhood attention on a grid of 1, 2 or 3 axes, taken from the rank of `query`.
+
+    All arguments after `kernel_size` are keyword-only. Where one number per axis is expected, an integer serves all axes, and
+    any sequence (list, tuple, torch.Size) gives one per axis, slowest first.
+
+    Args:
+        query: [batch, *grid, heads, head_dim]; float32, float64, float16 or bfloat16, any strides.
+        key: [batch, *grid, heads_kv, head_dim]; heads_kv divides heads (grouped queries).
+        value: [batch, *grid, heads_kv, head_dim_v].
+        kernel_size: keys per query along each axis; -1 is the whole axis; even sizes reach one key further to the left.
+        stride: so many neighbouring queries share one window; at most kernel_size. None is 1.
+        dilation: distance of neighbouring keys, in tokens. None is 1.
+        is_causal: per axis, whether a query sees no key behind itself. None is False.
+        scale: factor of the logits; None is head_dim ** -0.5, 0.0 is zero.
+        additional_keys, additional_values: [batch, n, heads_kv, head_dim] and [batch, n, heads_kv, head_dim_v]; every query
+            sees them too, in the same softmax.
+        rpb: relative position bias [heads, 2 * kernel_size - 1 per axis], added to the scaled logits at index
+            (key - query) / dilation + kernel_size - 1; cast to the dtype of `query`.
+        return_lse: also return the logarithm of the softmax's denominator; it is differentiable.
+        backend: a name of the original or one of ours (cpu, reference, portable, sm90); None is the best one.
+        plan: a plan or a prefix of one, see `natten.list_plans`.
+        oversize: where kernel_size * dilation exceeds an axis: "clamp", "error" or "pad"; see `natten.context.set_oversize`.
+        tuning: tile shapes, schedules and the like of the original: checked for their form, then ignored.
+
+    Returns:
+        [batch, *grid, heads, head_dim_v] in the dtype of `query` (under torch.autocast: in its dtype; float64 stays), and with
+        `return_lse` also [batch, *grid, heads], float32 (float64 for float64).
+
+    Raises:
+        TypeError: wrong types, more than four positional arguments.
+        ValueError: wrong lengths, sizes or values, mixed dtypes or devices, a `backend` that cannot run.
+        NotImplementedError: sparse or nested tensors; a dtype or device without an engine.
+    """
+    if not isinstance(query, torch.Tensor):
+        raise TypeError(f"neighborhood_attention_generic expects query to be a torch.Tensor, got a {type(query).__name__}")
+    rank = query.dim() - 3
+    if rank not in args.AXES:
+        raise ValueError(
+            "neighborhood_attention_generic expects query as [batch, *grid, heads, head_dim] with a grid of 1 to 3 axes, "
+            f"got {query.dim()} dimensions"
+        )
+    call = "neighborhood_attention_generic", rank
+    return _neighborhood(call, query, key, value, kernel_size, too_many, stride, dilation, is_causal, scale, additional_keys,
+                         additional_values, rpb, return_lse, backend, plan, oversize, tuning)  # fmt: skip
+
+
+def _fixed_rank(rank: int):
+    """na1d, na2d and na3d: one text, three functions."""
+    name = f"na{rank}d"
+    axes = ", ".join(args.AXES[rank])
+
+    def function(
+        query,
+        key,
+        value,
+        kernel_size,
+        *too_many,
+        stride=1,
+        dilation=1,
+        is_causal=False,
+        scale=None,
+        additional_keys=None,
+        additional_values=None,
+        rpb=None,
+        return_lse=False,
+        backend=None,
+        plan=None,
+        oversize=None,
+        **tuning,
+    ):
+        return _neighborhood((name, rank), query, key, value, kernel_size, too_many, stride, dilation, is_causal, scale,
+                             additional_keys, additional_values, rpb, return_lse, backend, plan, oversize,
+                             tuning)  # fmt: skip
+
+    function.__name__ = function.__qualname__ = name
+    function.__doc__ = (
+        f"Neighborhood attention on [batch, {axes}, heads, head_dim]; a causal mask and additional keys included.\n\n"
+        "    Arguments, results and errors are those of `neighborhood_attention_generic`."
+    )
+    return _tuning.show_tuning(function)
+
+
+na1d, na2d, na3d = _fixed_rank(1), _fixed_rank(2), _fixed_rank(3)
+
+
+def _neighborhood(call, query, key, value, kernel_size, too_many, stride, dilation, is_causal, scale, extra_k, extra_v, rpb,
+                  return_lse, backend, plan, oversize, tuning):  # fmt: skip
+    name, rank = call
+    if too_many:
+        raise TypeError(
+            f"{name}() takes 4 positional arguments (query, key, value, kernel_size), got {4 + len(too_many)}: the fifth meant "
+            "dilation up to natten 0.17 and stride from 0.20 on, so write dilation=... or stride=..."
+        )
+    if tuning:
+        _tuning.check(tuning, rank, _tuning.TUNING, name)
+    args.flag("return_lse", return_lse)
+    query, key, value, extra_k, extra_v, rpb = _checked_tensors(name, rank, query, key, value, extra_k, extra_v, rpb)
+    extents = query.shape[1:-2]
+    stride, dilation = args.integers("stride", stride, rank), args.integers("dilation", dilation, rank)
+    window = args.windows(kernel_size, extents, dilation)
+    causal = args.booleans("is_causal", is_causal, rank)
+    if not torch.compiler.is_compiling():
+        _check_layout(name, query, window)
+    scale = args.scale_or_default(scale, query.shape[-1])
+    mode = context.resolve_oversize(oversize)
+    if mode == "pad":
+        query, key, value = _padded(extents, window, dilation, query, key, value)
+    plan = _tuning.plan_of(backend, plan, query.device)
+    options = window, stride, dilation, causal, scale, mode != "error", plan
+    out, lse = _run((query, key, value, rpb, extra_k, extra_v), options, backend)
+    if mode == "pad":
+        out, lse = _cropped(extents, out, lse)
+    return (out, lse) if return_lse else out
+
+
+def _checked_tensors(name, rank, query, key, value, extra_k, extra_v, rpb):
+    """The six tensors, checked for form and agreement, autocast, with unit last strides."""
+    axes = ("batch", *args.AXES[rank], "heads", "head_dim")
+    for label, x in (("query", query), ("key", key), ("value", value)):
+        args.dense_tensor(label, x, name, axes)
+    if (extra_k is None) != (extra_v is None):
+        raise ValueError(f"{name} needs additional_keys and additional_values together: give both or neither")
+    if extra_k is not None:
+        for label, x in (("additional_keys", extra_k), ("additional_values", extra_v)):
+            args.dense_tensor(label, x, name, ("batch", "n", "heads", "head_dim"))
+    if rpb is not None:
+        args.dense_tensor("rpb", rpb, name, ("heads", *(f"2 * kernel_size - 1 along {axis}" for axis in args.AXES[rank])))
+    query, key, value, extra_k, extra_v = _autocast(query, key, value, extra_k, extra_v)
+    others = ("key", key), ("value", value), ("additional_keys", extra_k), ("additional_values", extra_v)
+    args.tensors_agree(name, ("query", query), *others)
+    if rpb is not None:
+        rpb = rpb.to(query.dtype)
+        args.tensors_agree(name, ("query", query), ("rpb", rpb))
+    if extra_k is not None:
+        extra_k, extra_v = with_unit_last_stride(extra_k), with_unit_last_stride(extra_v)
+    return *map(with_unit_last_stride, (query, key, value)), extra_k, extra_v, rpb
+
+
+def _autocast(query, *others):
+    """Under torch.autocast all but float64 tensors in its dtype."""
+    # NOTE: here and not at an Autocast dispatch key: three public calls, and Dynamo traces them.
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind):
+        return query, *others
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (query, *others))
+
+
+def _run(tensors, options, backend):
+    try:
+        return NA_FWD(*tensors, *options)
+    except (RuntimeError, ValueError) as error:
+        raise translated(error, tensors[0].device.type, backend) from None
+
+
+def _check_layout(name, query, window) -> None:
+    """Warns of [batch, heads, *grid, head_dim] where heads stand last: its first axis holds heads, and is small; what is read
+    as heads is an axis of the grid, and is large. Two signs: a window that outgrows that first axis, a square grid."""
+    mode = context.NattenContext.layout_check
+    first, heads = query.shape[1], query.shape[-2]
+    if mode == "off" or heads <= first or first == 0:
+        return
+    outgrown = window[0] > first and heads >= max(4 * first, window[-1])
+    square = len(window) > 1 and heads == query.shape[-3] and heads > 2 * first
+    if not outgrown and not square:
+        return
+    axes = ", ".join(("batch", *args.AXES[len(window)], "heads", "head_dim"))
+    message = (
+        f"{name} reads query {list(query.shape)} as [{axes}], that is with {heads} heads, which looks like a tensor with heads "
+        "first: permute it, or call natten.context.set_layout_check('off') if it is meant so"
+    )
+    if mode == "error":
+        raise ValueError(message)
+    warnings.warn(message, stacklevel=4)
+
+
+def _padded(extents, window, dilation, *tensors):
+    """Zeros on the far side of every axis that is shorter than window * dilation."""
+    missing = [max(0, w * d - n) for n, w, d in zip(extents, window, dilation, strict=True)]
+    if not any(missing):
+        return tensors
+    amounts = [0, 0, 0, 0]  # from the last axis on: head_dim and heads stay
+    for n in reversed(missing):
+        amounts += [0, n]
+    return tuple(_zero_pad(x, amounts) for x in tensors)
+
+
+def _cropped(extents, *tensors):
+    for i, n in enumerate(extents):
+        tensors = tuple(x if x.shape[i + 1] == n else x.narrow(i + 1, 0, n) for x in tensors)
+    return tensors
+
+
+def attention(
+    query,
+    key,
+    value,
+    is_causal=False,
+    scale=None,
+    seqlens_Q=None,
+    seqlens_KV=None,
+    cumulative_seqlen_Q=None,
+    cumulative_seqlen_KV=None,
+    max_seqlen_Q=None,
+    max_seqlen_KV=None,
+    backend=None,
+    q_tile_size=None,
+    kv_tile_size=None,
+    backward_q_tile_size=None,
+    backward_kv_tile_size=None,
+    backward_kv_splits=None,
+    backward_use_pt_reduction=False,
+    run_persistent_kernel=True,
+    kernel_schedule=None,
+    torch_compile=False,
+    return_lse=False,
+    *,
+    plan=None,
+):
+    """Dense attention: every query sees every key, or under `is_causal` those up to its own position.
+
+    Samples of different lengths may be packed one behind the other into a batch of 1: give `seqlens_Q` and `seqlens_KV`, the
+    lengths, or `cumulative_seqlen_Q` and `cumulative_seqlen_KV`, their running sums from 0, with `max_seqlen_Q` and
+    `max_seqlen_KV`. Lengths may be zero. Such calls loop over the samples and cannot be compiled.
+
+    Args:
+        query: [batch, seqlen_q, heads, head_dim]; float32, float64, float16 or bfloat16.
+        key: [batch, seqlen_kv, heads_kv, head_dim]; heads_kv divides heads.
+        value: [batch, seqlen_kv, heads_kv, head_dim_v].
+        is_causal: needs seqlen_q == seqlen_kv, of every sample.
+        scale: factor of the logits; None is head_dim ** -0.5, 0.0 is zero.
+        backend, plan: as in `neighborhood_attention_generic`.
+        return_lse: also return the logarithm of the softmax's denominator; it is differentiable.
+        Others: tuning arguments of the original: checked for their form, then ignored.
+
+    Returns:
+        [batch, seqlen_q, heads, head_dim_v] and with `return_lse` also [batch, seqlen_q, heads], float32 (float64 for float64).
+        A query without keys gets 0 and -inf.
+
+    Raises: as `neighborhood_attention_generic`; RuntimeError for packed samples under torch.compile.
+    """
+    tuning = q_tile_size, kv_tile_size, backward_q_tile_size, backward_kv_tile_size, backward_kv_splits
+    tuning += backward_use_pt_reduction, run_persistent_kernel, kernel_schedule, torch_compile
+    _tuning.check(dict(zip(_tuning.DENSE_TUNING, tuning, strict=True)), 1, _tuning.DENSE_TUNING)
+    causal, _ = args.flag("is_causal", is_causal), args.flag("return_lse", return_lse)
+    for label, x in (("query", query), ("key", key), ("value", value)):
+        args.dense_tensor(label, x, "attention", ("batch", "seqlen", "heads", "head_dim"))
+    query, key, value = _autocast(query, key, value)
+    args.tensors_agree("attention", ("query", query), ("key", key), ("value", value))
+    args.same_sizes("attention", ("query", "key"), query, key, (("batch", 0), ("head_dim", -1)))
+    args.same_sizes("attention", ("key", "value"), key, value, (("batch", 0), ("seqlen", 1), ("heads", -2)))
+    query, key, value = map(with_unit_last_stride, (query, key, value))
+    scale = args.scale_or_default(scale, query.shape[-1])
+    plan = _tuning.plan_of(backend, plan, query.device)
+
+    def attend(q, k, v):
+        return _dense(q, k, v, causal, scale, plan, backend)
+
+    bounds = sample_bounds(query, key, seqlens_Q, seqlens_KV, cumulative_seqlen_Q, cumulative_seqlen_KV, max_seqlen_Q,
+                           max_seqlen_KV)  # fmt: skip
+    out, lse = attend(query, key, value) if bounds is None else attend_samples(attend, query, key, value, *bounds)
+    return (out, lse) if return_lse else out
+
+
+def _dense(query, key, value, causal, scale, plan, backend):
+    """Dense attention is the 1-D problem whose window is the whole axis; between axes of two lengths it is a problem
+    without keys on the grid, whose keys are all additional."""
+    length, length_kv = query.shape[1], key.shape[1]
+    if length_kv == 0:
+        return attend_nothing(query, key, value)
+    if length == length_kv:
+        tensors, window = (query, key, value, None, None, None), length
+    elif causal:
+        raise ValueError(
+            f"attention with is_causal needs as many queries as keys, got {length} and {length_kv}: "
+            "which key a query is aligned with is ambiguous otherwise"
+        )
+    else:
+        none = [x.new_empty(x.shape[0], 0, *x.shape[2:]) for x in (key, value)]
+        tensors, window = (query, *none, None, key, value), 0
+    return _run(tensors, ([window], [1], [1], [causal], scale, True, plan), backend)
