@@ -6,8 +6,9 @@ Run by tools/abi_matrix.sh. The masks are written out here by hand, so that noth
 
 import sys
 
-import natten
 import torch
+
+import natten
 
 
 def visible(extent: int, window: int, dilation: int, causal: bool) -> torch.Tensor:

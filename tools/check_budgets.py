@@ -40,6 +40,7 @@ FORMULA_FOLDERS = ("include/", "src/", "bindings/", "python/")
 CPP_CODE = re.compile(
     r"^\s*//+\s*(?:\}|.*[\w)\]]\s*[({=].*[;{]\s*$|(?:return|break|continue)\b.*;\s*$|#\s*(?:if|include)\b)"
 )
+PROSE = re.compile(r"\b[a-zA-Z]+,? [a-z]+,? [a-z]+\b")  # three plain words in a row
 PY_CODE = (ast.Assign, ast.AugAssign, ast.Return, ast.Import, ast.ImportFrom, ast.For, ast.If, ast.With, ast.Raise)
 
 
@@ -90,7 +91,7 @@ def check_formula(path: str, lines: list[str]) -> Iterator[Finding]:
 
 def check_cpp(path: str, text: str) -> Iterator[Finding]:
     for number, line in enumerate(text.split("\n"), 1):
-        if CPP_CODE.search(line):
+        if CPP_CODE.search(line) and not PROSE.search(line):
             yield Finding(path, number, "dead code", "commented-out code? " + line.strip())
     for function in cpp_shape.functions(text):
         where = (path, function.line)
