@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: MIT
+// The entry points that each instruction set offers to backend.cpp: one table, one instance per instruction set.
+#pragma once
+#include <cstdint>
+
+#include "cpu/schedule.h"
+#include "natten/attention.h"
+
+namespace natten::cpu {
+
+struct Kernels {
+  Int3 (*sliding_q_tile)(const Problem&, Pass);
+  size_t (*sliding_workspace)(const Problem&, Pass, int num_threads);
+  void (*sliding_forward)(const Problem&, const ForwardArgs&, const Executor&, void* workspace);
+  void (*sliding_backward)(const Problem&, const BackwardArgs&, const Executor&, void* workspace);
+  size_t (*loops_workspace)(const Problem&, Pass, int num_threads);
+  void (*loops_forward)(const Problem&, const ForwardArgs&, const Executor&, void* workspace);
+  void (*loops_backward)(const Problem&, const BackwardArgs&, const Executor&, void* workspace);
+};
+
+}  // namespace natten::cpu

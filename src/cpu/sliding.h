@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: MIT
+// What the forward and the backward pass of the sliding engine share: where tokens lie, which columns a strip needs, the
+// ring of packed key rows, scores, and what is done to scores before the softmax.
+//
+// Periodic column extension. A window that is shifted inwards at the border holds the same keys as the unshifted one with
+// its overhanging columns moved by one window length:
+//
+//   extent 8, window 5, query 0      columns  -2 -1  0  1  2          keys 0 1 2 3 4: -2 stands for 3, -1 for 4
+//
+// A softmax does not care about the order of its keys, so packing a row with 2 + 2 such columns makes every query of the
+// row look alike. A causal window is never shifted: its overhanging columns are zero, and their scores become -infinity.
+#pragma once
+#include <cmath>
+
+#include "cpu/micro.h"
+#include "cpu/schedule.h"
+
+namespace natten::cpu::NATTEN_ISA {
+
+/// Hands out aligned pieces of a workspace; with a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* piece = base_ + used_;
+    used_ += (count * sizeof(T) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(piece);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+/// The tokens of one sample, head and dilation residue, by their positions in the groups.
+template <class T>
+struct Tokens {
+  T* first;
+  int64_t step_z, step_y, step_x;
+  T* at(int z, int y, int x) const { return first + z * step_z + y * step_y + x * step_x; }
+};
+
+template <class T>
+NATTEN_INLINE Tokens<T> tokens(const Problem& p, const TensorView& t, int64_t batch, int head, Int3 residue) {
+  return {pointer<T>(t) + offset(t, batch, residue, head), t.strides[1] * p.axes[0].dilation,
+          t.strides[2] * p.axes[1].dilation, t.strides[3] * p.axes[2].dilation};
+}
+
+/// The key columns of a strip: positions begin .. begin + count of the row, overhanging ones included.
+struct Columns {
+  int begin, count, window, left, extent;
+  bool causal;
+
+  static NATTEN_INLINE Columns of(const Axis& x, Span strip) {
+    const int left = x.causal ? x.window - 1 : x.window / 2;
+    return {strip.begin - left, strip.size() + x.window - 1, x.window, left, x.extent, x.causal};
+  }
+  /// The position whose key stands in column i of the strip, or -1 if none does.
+  NATTEN_INLINE int source(int i) const {
+    const int c = begin + i;
+    if (i >= count || (c < 0 && causal)) return -1;
+    return c < 0 ? c + window : c >= extent ? c - window : c;
+  }
+};
+
+// --- packing -------------------------------------------------------------------------------------------------------------
+
+/// kLanes rows of `channels` elements -> [channel][lane], channels `pitch` apart and rounded up to whole vectors.
+template <class Real, class T>
+NATTEN_INLINE void pack_transposed_block(const T* const (&rows)[kLanes<Real>], int channels, Real* to, int64_t pitch) {
+  for_each_vector<Real>(channels, [&](int d, int lanes) {
+    Vec<Real> block[kLanes<Real>];
+    if (lanes == kLanes<Real>) {
+#pragma GCC unroll 16
+      for (int l = 0; l < kLanes<Real>; ++l) block[l] = load_elements<Real>(rows[l] + d);
+    } else {
+      for (int l = 0; l < kLanes<Real>; ++l) block[l] = load_first<Real>(rows[l] + d, lanes);
+    }
+    transpose<Real>(block);
+#pragma GCC unroll 16
+    for (int l = 0; l < kLanes<Real>; ++l) store(to + (d + l) * pitch, block[l]);
+  });
+}
+
+/// A row of keys -> [channel][column]. `zeros` is a row of `channels` zeros.
+template <class Real, class T>
+void pack_transposed(const Tokens<const T>& from, int z, int y, const Columns& columns, int channels, const T* zeros,
+                     Real* to, int64_t pitch) {
+  const T* row = from.at(z, y, 0);
+  for (int i = 0; i < columns.count; i += kLanes<Real>) {
+    const T* rows[kLanes<Real>];
+    for (int l = 0; l < kLanes<Real>; ++l) {
+      const int source = columns.source(i + l);
+      rows[l] = source < 0 ? zeros : row + source * from.step_x;
+    }
+    pack_transposed_block<Real>(rows, channels, to + i, pitch);
+  }
+}
+
+template <class Real, class T>
+NATTEN_INLINE void pack_token(const T* from, int channels, Real* to) {
+  for_each_vector<Real>(channels, [&](int d, int lanes) { store(to + d, load_up_to<Real>(from + d, lanes)); });
+}
+
+/// A row of keys or values -> [column][channel], with one column more, for the right query of the last pair.
+template <class Real, class T>
+void pack_rows(const Tokens<const T>& from, int z, int y, const Columns& columns, int channels, const T* zeros, Real* to,
+               int64_t width) {
+  const T* row = from.at(z, y, 0);
+  for (int i = 0; i <= columns.count; ++i) {
+    const int source = columns.source(i);
+    pack_token<Real>(source < 0 ? zeros : row + source * from.step_x, channels, to + i * width);
+  }
+}
+
+/// The queries of one block: [channel][lane], times `factor`. Lanes behind the last query repeat it.
+template <class Real, class T>
+NATTEN_INLINE void pack_queries(const Tokens<const T>& from, int z, int y, int x, int count, int channels, Real factor,
+                                Real* to) {
+  const T* rows[kLanes<Real>];
+  for (int l = 0; l < kLanes<Real>; ++l) rows[l] = from.at(z, y, x + (l < count ? l : count - 1));
+  pack_transposed_block<Real>(rows, channels, to, kLanes<Real>);
+  if (factor == Real(1)) return;
+  for (int d = 0; d < channels; ++d) store(to + d * kLanes<Real>, load<Vec<Real>>(to + d * kLanes<Real>) * factor);
+}
+
+// --- key rows --------------------------------------------------------------------------------------------------------------
+
+/// A key row as a group of query rows sees it.
+struct KeyRow {
+  int slot;          ///< in the ring
+  int first, last;   ///< query rows [first, last) of the group see it
+  int window_row[kRows];  ///< its number among the key rows of each of them
+  int z, y;          ///< position
+};
+
+/// Which key rows lie where in a ring of window.z planes of `rows` rows. Rows come in growing order, so a row that must
+/// make way is never needed again.
+class RowRing {
+ public:
+  RowRing(int64_t* owners, int planes, int rows) : owners_(owners), planes_(planes), rows_(rows) {
+    for (int i = 0; i < planes * rows; ++i) owners_[i] = kFree;
+  }
+  /// The slot of row (z, y). Calls evict(slot, z, y) and pack(slot, z, y) if it was not there.
+  template <class Pack, class Evict>
+  NATTEN_INLINE int acquire(int z, int y, Pack&& pack, Evict&& evict) {
+    const int slot = z % planes_ * rows_ + y % rows_;
+    const int64_t row = int64_t{z} << 32 | y;
+    if (owners_[slot] == row) return slot;
+    if (owners_[slot] != kFree) evict(slot, int(owners_[slot] >> 32), int(owners_[slot]));
+    pack(slot, z, y);
+    owners_[slot] = row;
+    return slot;
+  }
+  template <class Evict>
+  NATTEN_INLINE void evict_all(Evict&& evict) {
+    for (int slot = 0; slot < planes_ * rows_; ++slot)
+      if (owners_[slot] != kFree) evict(slot, int(owners_[slot] >> 32), int(owners_[slot]));
+  }
+
+ private:
+  static constexpr int64_t kFree = -1;
+  int64_t* owners_;
+  int planes_, rows_;
+};
+
+/// Up to kRows query rows, the key rows that any of them sees, and how many each of them sees.
+struct RowGroup {
+  int z, y, count;
+  KeyRow* key_rows;
+  int num_key_rows;
+  int seen[kRows];  ///< key rows of each query row
+};
+
+template <class Pack, class Evict>
+NATTEN_INLINE void fill_group(RowGroup& group, const Axis& z_axis, const Axis& y_axis, RowRing& ring, Pack&& pack,
+                              Evict&& evict) {
+  const Span planes = key_span(z_axis, group.z);
+  Span rows[kRows];
+  for (int r = 0; r < group.count; ++r) {
+    rows[r] = key_span(y_axis, group.y + r);
+    group.seen[r] = planes.size() * rows[r].size();
+  }
+  group.num_key_rows = 0;
+  for (int z = planes.begin; z < planes.end; ++z)
+    for (int y = rows[0].begin; y < rows[group.count - 1].end; ++y) {
+      KeyRow& row = group.key_rows[group.num_key_rows++];
+      row = {ring.acquire(z, y, pack, evict), 0, group.count, {}, z, y};
+      while (y >= rows[row.first].end) ++row.first;
+      while (y < rows[row.last - 1].begin) --row.last;
+      for (int r = row.first; r < row.last; ++r)
+        row.window_row[r] = (z - planes.begin) * rows[r].size() + y - rows[r].begin;
+    }
+}
+
+// --- scores ----------------------------------------------------------------------------------------------------------------
+
+/// S of one block of lanes: [row of the group][key row of its window][slot][lane].
+template <class Real>
+struct Scores {
+  Real* data;
+  int64_t row_stride;  ///< between the query rows of a group
+  int window;          ///< along x
+  Real* at(int r, int window_row, int slot = 0) const {
+    return data + r * row_stride + (int64_t{window_row} * window + slot) * kLanes<Real>;
+  }
+};
+
+/// `keys(row)` is the transposed key row at the column of lane 0 and slot 0; `queries` [row][channel][lane].
+template <class V, class Real, class Keys>
+NATTEN_INLINE void compute_scores_wide(const RowGroup& group, const Scores<Real>& scores, const Real* queries, int channels,
+                                  int64_t query_stride, int64_t pitch, Keys&& keys) {
+  const int chunks = (scores.window + kMaxSlots - 1) / kMaxSlots;
+  for (int i = 0; i < group.num_key_rows; ++i) {
+    const KeyRow& row = group.key_rows[i];
+    const Real* kt = keys(row);
+    for (int chunk = 0, slot = 0; chunk < chunks; ++chunk) {
+      const int slots = (scores.window - slot + chunks - chunk - 1) / (chunks - chunk);
+      Real* to[kRows];
+      for (int r = row.first; r < row.last; ++r) to[r - row.first] = scores.at(r, row.window_row[r], slot);
+      scores_block_for<Real, V>(row.last - row.first, slots)(queries + row.first * query_stride, query_stride, kt + slot,
+                                                             pitch, channels, to);
+      slot += slots;
+    }
+  }
+}
+
+/// A block of few queries takes vectors of half the width, where those cost half the time.
+template <class Real, class Keys>
+NATTEN_INLINE void compute_scores(const RowGroup& group, const Scores<Real>& scores, const Real* queries, int channels,
+                                  int64_t query_stride, int64_t pitch, int count, Keys&& keys) {
+  if constexpr (kVectorBytes == 64)
+    if (count * 2 <= kLanes<Real>)
+      return compute_scores_wide<HalfVec<Real>>(group, scores, queries, channels, query_stride, pitch, keys);
+  compute_scores_wide<Vec<Real>>(group, scores, queries, channels, query_stride, pitch, keys);
+}
+
+/// The relative position bias of one head, times log2(e), and the border: what changes scores before the softmax.
+template <class Real>
+struct ScoreRules {
+  const Real* bias = nullptr;  ///< [2 wz - 1][2 wy - 1][2 wx - 1] with the windows as the user gave them
+  const Axis* axes = nullptr;  ///< as the user gave them
+  bool causal_border = false;  ///< a causal x axis: overhanging slots are no keys
+
+  bool any(bool at_border) const { return bias != nullptr || (causal_border && at_border); }
+  /// Where the entries of one key row begin, such that [key - query along x] finds an entry.
+  NATTEN_INLINE int64_t bias_row(int dz, int dy) const {
+    const int64_t height = 2 * axes[1].window - 1, width = 2 * axes[2].window - 1;
+    return (bias_index(axes[0], 0, dz) * height + bias_index(axes[1], 0, dy)) * width + bias_index(axes[2], 0, 0);
+  }
+};
+
+/// Applies the rules to the scores of one query row and one key row. `x` is the query of lane 0; (dz, dy) = key - query.
+template <class Real>
+NATTEN_INLINE void apply_rules(const ScoreRules<Real>& rules, Real* scores, const Columns& columns, int x, int dz, int dy) {
+  using V = Vec<Real>;
+  const V lane = lane_numbers<Real>();
+  const Real* bias = rules.bias ? rules.bias + rules.bias_row(dz, dy) : nullptr;
+  for (int j = 0; j < columns.window; ++j, scores += kLanes<Real>) {
+    const int dx = j - columns.left;
+    V s = load<V>(scores);
+    const auto before = lane < Real(-(x + dx)), behind = lane >= Real(columns.extent - (x + dx));
+    if (bias) {
+      V b = broadcast<V>(bias[dx]);
+      if (x + dx < 0 && !columns.causal) b = select(before, broadcast<V>(bias[dx + columns.window]), b);
+      if (x + dx + kLanes<Real> > columns.extent && dx > 0) b = select(behind, broadcast<V>(bias[dx - columns.window]), b);
+      s += b;
+    }
+    if (columns.causal && x + dx < 0) s = select(before, broadcast<V>(Real(-INFINITY)), s);
+    store(scores, s);
+  }
+}
+
+template <class Real>
+NATTEN_INLINE void apply_rules(const ScoreRules<Real>& rules, const RowGroup& group, const Scores<Real>& scores,
+                               const Columns& columns, int x) {
+  if (!rules.any(x - columns.left < 0)) return;
+  for (int i = 0; i < group.num_key_rows; ++i) {
+    const KeyRow& row = group.key_rows[i];
+    for (int r = row.first; r < row.last; ++r)
+      apply_rules(rules, scores.at(r, row.window_row[r]), columns, x, row.z - group.z, row.y - group.y - r);
+  }
+}
+
+}  // namespace natten::cpu::NATTEN_ISA

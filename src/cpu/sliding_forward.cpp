@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: MIT
+// The sliding forward pass. A work item walks its query rows in groups of kRows; the key rows that a group sees lie packed
+// in a ring, K transposed and V as it is. Per group and block of kLanes queries: scores, softmax over all slots of a lane
+// (two passes over scores that sit in L1 or L2), then P times V for two neighbouring queries at a time.
+#include "cpu/sliding_passes.h"
+
+namespace natten::cpu::NATTEN_ISA {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+/// Memory of one thread.
+template <class T, class Real>
+struct ForwardScratch {
+  T* zeros;         // [max(head_dim, head_dim_v)]
+  Real* bias;       // [entries of one head]
+  int64_t* owners;  // [ring slots]
+  KeyRow* key_rows;
+  Real* queries;  // [kRows][channel][lane]
+  Real* scores;   // [kRows][key row][slot][lane]
+  Real* keys;     // [slot of the ring][channel][column]
+  Real* values;   // [slot of the ring][column][channel]
+
+  ForwardScratch(const Layout<Real>& l, Arena& arena) {
+    zeros = arena.take<T>(l.dim > l.dim_v ? l.dim : l.dim_v);
+    bias = arena.take<Real>(l.bias_size);
+    owners = arena.take<int64_t>(l.schedule.ring_slots());
+    key_rows = arena.take<KeyRow>(l.schedule.group_rows());
+    queries = arena.take<Real>(kRows * l.dim * kLanes<Real>);
+    scores = arena.take<Real>(kRows * l.score_stride);
+    keys = arena.take<Real>(l.schedule.ring_slots() * l.transposed_size(l.dim));
+    values = arena.take<Real>(l.schedule.ring_slots() * l.natural_size(l.dim_v));
+  }
+};
+
+template <class T, class Real>
+struct ForwardItem {
+  const Problem& p;
+  const Layout<Real>& l;
+  ForwardScratch<T, Real>& scratch;
+  const Item& item;
+  Axis z_axis, y_axis, x_axis;
+  Columns columns;
+  Tokens<const T> q, k, v;
+  Tokens<T> out;
+  Tokens<Real> lse;
+  ScoreRules<Real> rules;
+
+  void run();
+  void block(const RowGroup& group, int x, int count);
+  void softmax(const RowGroup& group, const Scores<Real>& scores, int x, int count, Real (&inverse)[kRows][kLanes<Real>]);
+  template <int kVectors>
+  void values(const RowGroup& group, const Scores<Real>& scores, int x, int lane, int count, int channel,
+              const Real (&inverse)[kRows][kLanes<Real>]);
+};
+
+template <class T, class Real>
+void ForwardItem<T, Real>::run() {
+  RowRing ring(scratch.owners, l.schedule.ring_planes, l.schedule.ring_rows);
+  auto pack = [&](int slot, int z, int y) {
+    pack_transposed<Real>(k, z, y, columns, p.head_dim, scratch.zeros, scratch.keys + slot * l.transposed_size(l.dim), l.pitch);
+    pack_rows<Real>(v, z, y, columns, p.head_dim_v, scratch.zeros, scratch.values + slot * l.natural_size(l.dim_v), l.dim_v);
+  };
+  auto evict = [](int, int, int) {};
+  for (int z = 0; z < z_axis.extent; ++z)
+    for (int y = item.y.begin; y < item.y.end; y += kRows) {
+      RowGroup group{z, y, item.y.end - y < kRows ? item.y.end - y : kRows, scratch.key_rows, 0, {}};
+      fill_group(group, z_axis, y_axis, ring, pack, evict);
+      for (int x = item.x.begin; x < item.x.end; x += kLanes<Real>)
+        block(group, x, item.x.end - x < kLanes<Real> ? item.x.end - x : kLanes<Real>);
+    }
+}
+
+template <class T, class Real>
+void ForwardItem<T, Real>::block(const RowGroup& group, int x, int count) {
+  const int64_t query_stride = l.dim * kLanes<Real>;
+  for (int r = 0; r < group.count; ++r)
+    pack_queries(q, group.z, group.y + r, x, count, p.head_dim, Real(p.scale * kLog2E), scratch.queries + r * query_stride);
+  const Scores<Real> scores{scratch.scores, l.score_stride, x_axis.window};
+  auto keys = [&](const KeyRow& row) {
+    return scratch.keys + row.slot * l.transposed_size(l.dim) + x - item.x.begin;
+  };
+  compute_scores<Real>(group, scores, scratch.queries, p.head_dim, query_stride, l.pitch, count, keys);
+  apply_rules(rules, group, scores, columns, x);
+  alignas(64) Real inverse[kRows][kLanes<Real>];
+  softmax(group, scores, x, count, inverse);
+  for (int lane = 0; lane < count; lane += 2)
+    for_each_vector_block(l.dim_v / kLanes<Real>, [&](int vector, auto vectors) {
+      values<vectors>(group, scores, x, lane, count, vector * kLanes<Real>, inverse);
+    });
+}
+
+template <class T, class Real>
+void ForwardItem<T, Real>::softmax(const RowGroup& group, const Scores<Real>& scores, int x, int count,
+                                   Real (&inverse)[kRows][kLanes<Real>]) {
+  using V = Vec<Real>;
+  for (int r = 0; r < group.count; ++r) {
+    Real* s = scores.at(r, 0);
+    const int64_t slots = int64_t{group.seen[r]} * x_axis.window;
+    V m0 = broadcast<V>(Real(-INFINITY)), m1 = m0, sum0 = {}, sum1 = {};
+    for (int64_t i = 0; i + 1 < slots; i += 2) {
+      m0 = max(load<V>(s + i * kLanes<Real>), m0);
+      m1 = max(load<V>(s + (i + 1) * kLanes<Real>), m1);
+    }
+    if (slots % 2) m0 = max(load<V>(s + (slots - 1) * kLanes<Real>), m0);
+    V m = max(m0, m1);
+    m = select(m == Real(-INFINITY), V{}, m);
+    for (int64_t i = 0; i + 1 < slots; i += 2) {
+      const V e0 = exp2<Real>(load<V>(s + i * kLanes<Real>) - m), e1 = exp2<Real>(load<V>(s + (i + 1) * kLanes<Real>) - m);
+      store(s + i * kLanes<Real>, e0);
+      store(s + (i + 1) * kLanes<Real>, e1);
+      sum0 += e0;
+      sum1 += e1;
+    }
+    if (slots % 2) {
+      const V e = exp2<Real>(load<V>(s + (slots - 1) * kLanes<Real>) - m);
+      store(s + (slots - 1) * kLanes<Real>, e);
+      sum0 += e;
+    }
+    const V sum = sum0 + sum1;
+    store(inverse[r], select(sum == Real(0), V{}, Real(1) / sum));
+    Real* to = lse.at(group.z, group.y + r, x);
+    for (int lane = 0; lane < count; ++lane) to[lane * lse.step_x] = Real(m[lane] * Real(kLn2) + std::log(sum[lane]));
+  }
+}
+
+template <class T, class Real>
+template <int kVectors>
+void ForwardItem<T, Real>::values(const RowGroup& group, const Scores<Real>& scores, int x, int lane, int count,
+                                  int channel, const Real (&inverse)[kRows][kLanes<Real>]) {
+  RowPair<Real, kVectors> acc = {};
+  for (int i = 0; i < group.num_key_rows; ++i) {
+    const KeyRow& row = group.key_rows[i];
+    const Real* weights[kRows];
+    for (int r = 0; r < kRows; ++r) weights[r] = scores.at(r, row.window_row[r]) + lane;
+    const Real* from = scratch.values + row.slot * l.natural_size(l.dim_v) + (x - item.x.begin + lane) * l.dim_v + channel;
+    add_key_row<Real, kVectors>(acc, row.first, row.last, weights, from, l.dim_v, x_axis.window);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      if (r >= group.count || lane + i >= count) continue;
+      T* to = out.at(group.z, group.y + r, x + lane + i) + channel;
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n) {
+        const int rest = p.head_dim_v - channel - n * kLanes<Real>;
+        store_up_to<Real>(to + n * kLanes<Real>, acc[r][i][n] * inverse[r][lane + i], rest < kLanes<Real> ? rest : kLanes<Real>);
+      }
+    }
+}
+
+template <class T, class Real>
+void forward_item(const Problem& p, const ForwardArgs& args, const Layout<Real>& l, ForwardScratch<T, Real>& scratch,
+                  int64_t index) {
+  const Item item = item_at(p, l.schedule, p.heads, index);
+  if (item.empty()) return;
+  const Axis z = group_axis(p.axes[0], item.residue.z), y = group_axis(p.axes[1], item.residue.y),
+             x = group_axis(p.axes[2], item.residue.x);
+  const int head_kv = item.head / p.heads_per_kv();
+  const Real* bias = p.has_bias ? scratch.bias : nullptr;
+  if (bias) pack_bias<T>(p, args.bias, item.head, Real(kLog2E), scratch.bias);
+  clear(scratch.zeros, l.dim > l.dim_v ? l.dim : l.dim_v);
+  ForwardItem<T, Real>{p, l, scratch, item, z, y, x, Columns::of(x, item.x),
+                       tokens<const T>(p, args.q, item.batch, item.head, item.residue),
+                       tokens<const T>(p, args.k, item.batch, head_kv, item.residue),
+                       tokens<const T>(p, args.v, item.batch, head_kv, item.residue),
+                       tokens<T>(p, args.out, item.batch, item.head, item.residue),
+                       tokens<Real>(p, args.lse, item.batch, item.head, item.residue),
+                       {bias, p.axes, x.causal}}.run();
+}
+
+template <class T>
+void forward_typed(const Problem& p, const ForwardArgs& args, const Executor& executor, void* workspace) {
+  using Real = RealOf<T>;
+  const Layout<Real> l(p, Pass::forward, executor.num_threads);
+  Arena counter(nullptr);
+  ForwardScratch<T, Real>(l, counter);
+  const int64_t items = p.batch * p.heads * l.schedule.items_per_head();
+  run_on_threads(executor, items, static_cast<char*>(workspace), counter.used(), [&](int64_t index, char* memory) {
+    Arena arena(memory);
+    ForwardScratch<T, Real> scratch(l, arena);
+    forward_item<T, Real>(p, args, l, scratch, index);
+  });
+}
+
+}  // namespace
+
+size_t sliding_forward_workspace(const Problem& p, int num_threads) {
+  return dispatch(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    const Layout<RealOf<T>> l(p, Pass::forward, num_threads);
+    Arena counter(nullptr);
+    ForwardScratch<T, RealOf<T>>(l, counter);
+    return size_t(counter.used()) * num_threads;
+  });
+}
+
+void sliding_forward(const Problem& p, const ForwardArgs& args, const Executor& executor, void* workspace) {
+  dispatch(p.dtype, [&](auto element) { forward_typed<decltype(element)>(p, args, executor, workspace); });
+}
+
+}  // namespace natten::cpu::NATTEN_ISA
