@@ -2,7 +2,7 @@
 """The form of arguments: types, lengths, defaults. What values mean together (windows against extents, strides against
 windows, heads against key heads) is checked once, in the core.
 
-TypeError for a wrong type, ValueError for a wrong length or value, NotImplementedError for a tensor that no engine takes.
+TypeError: a wrong type. ValueError: a wrong length or value. NotImplementedError: a tensor that no engine takes.
 """
 
 import operator
@@ -14,9 +14,11 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def _is_sequence(value) -> bool:
+    if isinstance(value, int | torch.SymInt):  # first, and not by an attribute: Dynamo can say only this of a SymInt
+        return False
     if isinstance(value, list | tuple):  # torch.Size is a tuple
         return True
-    return hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, str | bytes | torch.Tensor)
+    return hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, str | torch.Tensor)
 
 
 def _per_axis(name: str, value, rank: int, convert) -> list:
@@ -25,11 +27,13 @@ def _per_axis(name: str, value, rank: int, convert) -> list:
         return [convert(name, value)] * rank
     if len(value) != rank:
         axes = ", ".join(AXES[rank])
-        raise ValueError(f"{name} has {len(value)} entries but the grid has {rank} axes ({axes}): give one per axis")
+        raise ValueError(
+            f"{name} has length {len(value)} but the grid has {rank} axes ({axes}): give one entry per axis"
+        )
     return [convert(name, x) for x in value]
 
 
-def _integer(name: str, value):
+def integer(name: str, value):
     if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
         return value
     # numpy's integers come here; their bool has no __index__, and a tensor would synchronise with its device
@@ -45,12 +49,13 @@ def _boolean(name: str, value) -> bool:
 
 
 def _shown(value) -> str:
-    return f"{value!r:.60}" if isinstance(value, str | bytes) else f"a {type(value).__name__}"
+    plain = value is None or isinstance(value, bool | int | float | str | bytes)
+    return f"{value!r:.60}" if plain else type(value).__name__
 
 
 def integers(name: str, value, rank: int, default: int = 1) -> list:
     """Strides and dilations; None is the default."""
-    return [default] * rank if value is None else _per_axis(name, value, rank, _integer)
+    return [default] * rank if value is None else _per_axis(name, value, rank, integer)
 
 
 def booleans(name: str, value, rank: int) -> list[bool]:
@@ -59,13 +64,15 @@ def booleans(name: str, value, rank: int) -> list[bool]:
 
 
 def windows(kernel_size, extents, dilation: list) -> list:
-    """The window of every axis; -1 is the whole axis, which under dilation d means a whole group of every d-th token."""
-    rank, window = len(extents), _per_axis("kernel_size", kernel_size, len(extents), _integer)
+    """The window of every axis; -1 is the whole axis, that is all of the longest group if it is dilated."""
+    rank, window = len(extents), _per_axis("kernel_size", kernel_size, len(extents), integer)
     for i in range(rank):
         if window[i] == -1:
             window[i] = max(1, -(-extents[i] // max(1, dilation[i])))
         elif window[i] < 1:
-            raise ValueError(f"kernel_size is {window[i]} on axis {AXES[rank][i]}: give at least 1, or -1 for the whole axis")
+            raise ValueError(
+                f"kernel_size is {window[i]} on axis {AXES[rank][i]}: give at least 1, or -1 for the whole axis"
+            )
     return window
 
 

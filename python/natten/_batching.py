@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How an op is mapped (torch.func.vmap): the mapped axis is folded into another one, the op runs once, and it is unfolded.
+"""How an op is mapped (torch.func.vmap): fold the mapped axis into another one, run once, unfold.
 
     without a bias   into the batch                                     no copy where the mapped axis comes first
     with a bias      into the heads, so each element keeps its table    one copy of each tensor
@@ -11,8 +11,8 @@ import torch
 
 
 def fold_rule(op, bias: int, head_axes: tuple[int, ...], out_head_axes: tuple[int, ...]):
-    """A `vmap` static method for `op`. `bias` is the position of the bias among the arguments; `head_axes` are those of the
-    leading tensor arguments and `out_head_axes` those of the outputs, counted from the end, 0 for a bias table."""
+    """The `vmap` rule of `op`. `bias`: position of the bias among the arguments; `head_axes`: those of the leading,
+    tensor arguments; `out_head_axes`: those of the outputs. Counted from the end, or 0 for a bias table."""
 
     def vmap(info, in_dims, *args):
         size, over_heads = info.batch_size, args[bias] is not None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Turns what leaves an op into Python's exceptions: only the one sentence of the core, under the right class.
 
-Torch up to 2.13 lets a C++ exception arrive as ValueError, later ones as RuntimeError with a trace behind the first line;
-so the core marks its sentences with `natten[kind]` and the class is chosen here.
+Torch up to 2.13 lets a C++ exception arrive as ValueError, later ones as RuntimeError with a trace behind the first
+line; so the core marks its sentences with `natten[kind]` and the class is chosen here.
 """
 
 import re
@@ -14,8 +14,8 @@ _CLASSES = {"invalid_argument": ValueError, "unsupported": NotImplementedError, 
 def translated(error: Exception, device: str, backend: str | None = None) -> Exception:
     """The exception to raise for one that an op raised; `error` itself if it is not ours.
 
-    A backend that the caller has named and that cannot run is a bad argument, hence ValueError; the same answer to a call
-    without a backend is NotImplementedError.
+    A backend that the caller has named and that cannot run is a bad argument, hence ValueError; the same answer to a
+    call without a backend is NotImplementedError.
     """
     tagged = _TAGGED.search(str(error))
     if tagged:

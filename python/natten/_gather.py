@@ -4,7 +4,8 @@
 Serves what the engines do not do: second derivatives and tangents (_second_order.py) and dropout (_unfused.py). Memory
 is O(queries * keys of a window * head_dim). The windows come from the op `key_spans`, that is from neighborhood.h.
 
-NOTE: products, sums and reshape, not einsum and flatten: gradcheck's batched checks use the old vmap, which lacks those.
+NOTE: products, sums, reshape and narrow: gradcheck's batched checks use the old vmap, which lacks einsum, flatten and
+slices that keep everything.
 Shapes: L queries, W keys of a window, N additional keys, M = W + N; q [B, L, H, D], k [B, L, M, H, D], s [B, L, M, H].
 """
 
@@ -116,13 +117,14 @@ def outer(s, x) -> torch.Tensor:
 
 def scatter(x, where: Windows, like, like_extra):
     """The transpose of `keys`: [B, L, M, H, D] -> [B, *grid, Hkv, D] and [B, N, Hkv, D] or None."""
-    batch, length, _, heads, dim = x.shape
+    batch, length, num_all, heads, dim = x.shape
     heads_kv, num_keys = like.shape[-2], where.key.shape[1]
-    x = x.reshape(batch, length, x.shape[2], heads_kv, heads // heads_kv, dim).sum(4)
+    num_extra = num_all - num_keys
+    x = x.reshape(batch, length, num_all, heads_kv, heads // heads_kv, dim).sum(4)
     flat = x.new_zeros(batch, math.prod(like.shape[1:-2]), heads_kv, dim)
-    on_grid = x[:, :, :num_keys].reshape(batch, length * num_keys, heads_kv, dim)
+    on_grid = x.narrow(2, 0, num_keys).reshape(batch, length * num_keys, heads_kv, dim)
     grid = flat.index_add(1, where.key.reshape(-1), on_grid).reshape(like.shape).to(like.dtype)
-    return grid, None if like_extra is None else x[:, :, num_keys:].sum(1).to(like_extra.dtype)
+    return grid, None if like_extra is None else x.narrow(2, num_keys, num_extra).sum(1).to(like_extra.dtype)
 
 
 def scatter_bias(s, where: Windows, table):
@@ -130,6 +132,6 @@ def scatter_bias(s, where: Windows, table):
     if table is None:
         return None
     heads, (length, num_keys) = s.shape[-1], where.bias.shape
-    rows = s[:, :, :num_keys].sum(0).reshape(length * num_keys, heads)
+    rows = s.narrow(2, 0, num_keys).sum(0).reshape(length * num_keys, heads)
     flat = rows.new_zeros(math.prod(table.shape[1:]), heads).index_add(0, where.bias.reshape(-1), rows)
     return flat.movedim(0, 1).reshape(table.shape).to(table.dtype)

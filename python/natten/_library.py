@@ -15,8 +15,8 @@ import torch
 
 NAMESPACE = "natten"  # a hub build, which may live beside an installed copy, changes this one word
 _HOW_TO_BUILD = (
-    "install it with `pip install .` in the source tree, or build it with `cmake --preset dev && cmake --build --preset dev` "
-    "and set NATTEN_LIBRARY=build/dev/libnatten.so"
+    "install it with `pip install .` in the source tree, or build it with "
+    "`cmake --preset dev && cmake --build --preset dev` and set NATTEN_LIBRARY=build/dev/libnatten.so"
 )
 _DTYPES = {
     torch.float32: "float32",
@@ -60,9 +60,8 @@ def _c_functions() -> ctypes.CDLL:
     library.natten_info.restype = ctypes.c_char_p
     library.natten_num_pairs.argtypes = [ctypes.c_int, sizes, sizes, sizes, sizes, flags]
     library.natten_num_pairs.restype = ctypes.c_int64
-    library.natten_list_plans.argtypes = (
-        [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, sizes, sizes, sizes, sizes, flags] + [ctypes.c_int] * 6
-    )
+    numbers = [ctypes.c_int] * 6
+    library.natten_list_plans.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, *[sizes] * 4, flags, *numbers]
     library.natten_list_plans.restype = ctypes.c_char_p
     return library
 
@@ -74,7 +73,7 @@ def _axes(extent, window, stride, dilation, causal):
 
 
 def info() -> dict:
-    """What the library says of itself: version, instruction set in use, backends with the reason of each that is off."""
+    """What the library says of itself: version, instruction set in use, backends and why one is off."""
     return json.loads(_c_functions().natten_info())
 
 
@@ -83,11 +82,13 @@ def num_pairs(extent, window, stride, dilation, causal) -> int:
     return _c_functions().natten_num_pairs(*_axes(extent, window, stride, dilation, causal))
 
 
-def plans(backward, dtype, extent, window, stride, dilation, causal, heads, heads_kv, head_dim, head_dim_v, extra_keys,
-          has_bias) -> dict:
-    """{"plans": [...], "rejections": [{"name", "reason"}, ...]} of a problem on the CPU, best plan first."""
+def plans(backward: bool, dtype: torch.dtype, geometry: tuple, numbers: tuple) -> dict:
+    """{"plans": [...], "rejections": [{"name", "reason"}, ...]} of a problem on the CPU, best plan first, or {"error"}.
+
+    geometry: (extent, window, stride, dilation, causal). numbers: (heads, heads_kv, head_dim, head_dim_v, additional
+    keys, whether there is a bias).
+    """
     if dtype not in _DTYPES:
         raise NotImplementedError(f"natten has no engine for {dtype}: use one of {', '.join(_DTYPES.values())}")
-    numbers = (int(x) for x in (heads, heads_kv, head_dim, head_dim_v, extra_keys, has_bias))
-    axes = _axes(extent, window, stride, dilation, causal)
-    return json.loads(_c_functions().natten_list_plans(int(backward), _DTYPES[dtype].encode(), *axes, *numbers))
+    arguments = int(backward), _DTYPES[dtype].encode(), *_axes(*geometry), *(int(x) for x in numbers)
+    return json.loads(_c_functions().natten_list_plans(*arguments))

@@ -113,9 +113,7 @@ if _library.HAS_LIBNATTEN:
 
     # Head axes, for vmap: tensors have them last but one, lse and dlse last, a bias first.
     Forward.vmap = staticmethod(fold_rule(NA_FWD, 3, (-2, -2, -2, 0, -2, -2), (-2, -1)))
-    Backward.vmap = staticmethod(
-        fold_rule(NA_BWD, 5, (-2, -1, -2, -2, -2, 0, -2, -2, -2, -1), (-2, -2, -2, 0, -2, -2))
-    )
+    Backward.vmap = staticmethod(fold_rule(NA_BWD, 5, (-2, -1, -2, -2, -2, 0, -2, -2, -2, -1), (-2, -2, -2, 0, -2, -2)))
     _registrations = torch.library.Library(_library.NAMESPACE, "IMPL")  # NOTE: they die with this object
     register(_registrations, NA_FWD, Forward)
     register(_registrations, NA_BWD, Backward)

@@ -20,7 +20,7 @@ _RULES = ("setup_context", "backward", "jvp", "vmap")
 
 
 def register(library: torch.library.Library, op, rules: type) -> None:
-    """Gives `op` the derivative and batching rules of the class `rules`, static methods as in torch.autograd.Function."""
+    """Gives `op` the rules of the class `rules`: static methods as those of torch.autograd.Function."""
 
     def below(*args):
         with _below_autograd():

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The tuning arguments of the original: which engine, which tiles. Engines map to plans of ours; the rest is checked for its
-form and then ignored, because our plans have no such knob. None of them changes a result.
+"""The tuning arguments of the original: which engine, which tiles. Engines map to plans of ours; the rest is checked
+for its form and then ignored, because our plans have no such knob. None of them changes a result.
 """
 
 import enum
@@ -12,7 +12,9 @@ import torch
 from ._arguments import flag, integers
 
 _SCHEDULES = ("non", "coop", "pp")
-_ORIGINAL = tuple(f"{engine}-{kind}" for engine in ("cutlass", "hopper", "blackwell", "flex") for kind in ("fna", "fmha"))
+_ORIGINAL = tuple(
+    f"{engine}-{kind}" for engine in ("cutlass", "hopper", "blackwell", "flex") for kind in ("fna", "fmha")
+)
 _OWN = ("cpu", "portable", "sm90", "reference")
 _CAPABILITY = {"hopper": 9, "blackwell": 10, "sm90": 9}  # the major compute capability that an engine needs
 
@@ -41,7 +43,7 @@ def _attention_kwargs(name, value, rank):
     if value is None:
         return
     if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dict or None, got a {type(value).__name__}")
+        raise TypeError(f"{name} must be a dict or None, got {type(value).__name__}")
     for key in value:
         if key != "backend" and key not in DENSE_TUNING:
             raise ValueError(f"{name} has the key {key!r}: only the tuning arguments of natten.attention belong there")
@@ -83,19 +85,23 @@ def check(arguments: dict, rank: int, table: dict, function: str = "attention") 
             table[name][1](name, value, rank)
 
 
-def show_tuning(function):
-    """Lets `inspect.signature` (help, editors) list the tuning arguments that `**tuning` stands for."""
-    signature = inspect.signature(function)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    shown = [inspect.Parameter(name, keyword, default=default) for name, (default, _) in TUNING.items()]
-    function.__signature__ = signature.replace(parameters=own + shown)
-    return function
+def with_signature_of(implementation):
+    """Lets `inspect.signature` (help, editors) show what `**options` stands for: the arguments of `implementation`
+    behind its first two, and the tuning arguments."""
+
+    def decorate(function):
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        own = [p for p in inspect.signature(implementation).parameters.values() if p.kind is not p.VAR_KEYWORD][2:]
+        shown = [inspect.Parameter(name, keyword, default=default) for name, (default, _) in TUNING.items()]
+        function.__signature__ = inspect.Signature(own + shown)
+        return function
+
+    return decorate
 
 
 def check_backend_name(backend) -> None:
     if not isinstance(backend, str):
-        raise TypeError(f"backend must be a string or None, got a {type(backend).__name__}")
+        raise TypeError(f"backend must be a string or None, got {type(backend).__name__}")
     if backend not in _ORIGINAL and backend not in _OWN:
         names = ", ".join(map(repr, _OWN + _ORIGINAL))
         raise ValueError(f"backend {backend!r} is unknown: give one of {names}, or None for the best one")
@@ -104,11 +110,11 @@ def check_backend_name(backend) -> None:
 def plan_of(backend, plan, device: torch.device) -> str:
     """The plan that the op is given: '' for the best one.
 
-    `backend` is a name of the original or one of ours; one that cannot run on `device` raises ValueError. `plan` is a plan or
-    a prefix of one, see `natten.list_plans`.
+    `backend` is a name of the original or one of ours; one that cannot run on `device` raises ValueError. `plan` is a
+    plan or a prefix of one, see `natten.list_plans`.
     """
     if plan is not None and not isinstance(plan, str):
-        raise TypeError(f"plan must be a string or None, got a {type(plan).__name__}")
+        raise TypeError(f"plan must be a string or None, got {type(plan).__name__}")
     if backend is None:
         return plan or ""
     check_backend_name(backend)
@@ -116,7 +122,9 @@ def plan_of(backend, plan, device: torch.device) -> str:
     needed = "cpu" if engine == "cpu" else None if engine in ("flex", "reference") else "cuda"
     if needed is not None and device.type != needed:
         tensors = "CPU" if needed == "cpu" else "CUDA"
-        raise ValueError(f"backend {backend!r} cannot run this call: it needs {tensors} tensors, but query is on {device}")
+        raise ValueError(
+            f"backend {backend!r} cannot run this call: it needs {tensors} tensors, but query is on {device}"
+        )
     if engine in _CAPABILITY:
         _check_capability(backend, _CAPABILITY[engine], device)
     forced = "portable" if engine == "cutlass" else backend if backend in _OWN else ""
@@ -129,5 +137,6 @@ def _check_capability(backend: str, needed: int, device: torch.device) -> None:
     major, minor = torch.cuda.get_device_capability(device)
     if major != needed:
         raise ValueError(
-            f"backend {backend!r} cannot run this call: it needs compute capability {needed}.x, but {device} has {major}.{minor}"
+            f"backend {backend!r} cannot run this call: it needs compute capability {needed}.x, "
+            f"but {device} has {major}.{minor}"
         )

@@ -27,9 +27,10 @@ def attention_with_dropout(
     additional_values=None,
     oversize="clamp",
 ):
-    """As `natten.functional.neighborhood_attention_generic`, each probability kept with 1 - dropout_p and scaled by its inverse.
+    """As `natten.functional.neighborhood_attention_generic`, with dropout on the probabilities.
 
-    `oversize` is "clamp" or "error": who wants "pad" pads beforehand.
+    Each is kept with probability 1 - dropout_p and then divided by it. `oversize` is "clamp" or "error": who wants
+    "pad" pads beforehand.
     """
     extents = query.shape[1:-2]
     rank = len(extents)

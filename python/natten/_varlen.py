@@ -12,7 +12,9 @@ def sample_bounds(query, key, seqlens_q, seqlens_kv, cumulative_q, cumulative_kv
     if all(x is None for x in (*lengths, *sums, *maxima)):
         return None
     if torch.compiler.is_compiling():
-        raise RuntimeError("attention over packed samples reads their lengths, which torch.compile cannot: call it outside")
+        raise RuntimeError(
+            "attention over packed samples reads their lengths, which torch.compile cannot: call it outside"
+        )
     by_lengths = all(x is not None for x in lengths) and all(x is None for x in (*sums, *maxima))
     by_sums = all(x is not None for x in (*sums, *maxima)) and all(x is None for x in lengths)
     if not by_lengths and not by_sums:
@@ -21,7 +23,9 @@ def sample_bounds(query, key, seqlens_q, seqlens_kv, cumulative_q, cumulative_kv
             "cumulative_seqlen_KV, max_seqlen_Q and max_seqlen_KV"
         )
     if query.shape[0] != 1:
-        raise ValueError(f"attention over packed samples needs a batch of 1, got {query.shape[0]}: pack them along the tokens")
+        raise ValueError(
+            f"attention over packed samples needs a batch of 1, got {query.shape[0]}: pack them along the tokens"
+        )
     sides = []
     for side, tensor, given, longest in (
         ("Q", query, lengths[0] if by_lengths else sums[0], max_q),
@@ -50,19 +54,21 @@ def _check_bounds(name: str, bounds: list[int], tokens: int) -> None:
     if not bounds or bounds[0] != 0 or any(b < a for a, b in itertools.pairwise(bounds)):
         raise ValueError(f"{name} must describe samples of length 0 or more, one behind the other from token 0 on")
     if bounds[-1] > tokens:
-        raise ValueError(f"{name} adds up to {bounds[-1]} tokens, but the tensor has {tokens}: pack all samples into it")
+        raise ValueError(
+            f"{name} adds up to {bounds[-1]} tokens, but the tensor has {tokens}: pack all samples into it"
+        )
 
 
 def _check_longest(name: str, longest, bounds: list[int]) -> None:
     if type(longest) is not int:
-        raise TypeError(f"{name} must be an int, got a {type(longest).__name__}")
+        raise TypeError(f"{name} must be an int, got {type(longest).__name__}")
     needed = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
     if longest < needed:
         raise ValueError(f"{name} is {longest}, but the longest sample has {needed} tokens")
 
 
 def attend_samples(attend, query, key, value, bounds_q, bounds_kv):
-    """`attend(q, k, v) -> (out, lse)` for each sample; tokens behind the last sample get what a query without keys gets."""
+    """`attend(q, k, v) -> (out, lse)` for each sample. Tokens behind the last one count as queries without keys."""
     outs, lses = [], []
     for (q0, q1), (k0, k1) in zip(itertools.pairwise(bounds_q), itertools.pairwise(bounds_kv), strict=True):
         if q1 > q0:

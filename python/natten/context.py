@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Switches that hold for the whole process.
 
-Two of them act: `set_oversize` and `set_layout_check`. The others belong to the original, whose clients call them; they are
-kept, checked and readable, and change nothing here: our engines are deterministic, split nothing over keys in a way that
-needs memory, and never compile FlexAttention.
+Two of them act: `set_oversize` and `set_layout_check`. The others belong to the original, whose clients call them; they
+are kept, checked and readable, and change nothing here: our engines are deterministic, do not trade memory for
+parallelism over keys, and never compile FlexAttention.
 """
 
 import enum
@@ -50,17 +50,19 @@ NattenContext.reset()
 def check_oversize(mode: str | None) -> str | None:
     """`mode` if it names one, else ValueError."""
     if mode is not None and mode not in _OVERSIZE:
-        raise ValueError(f"oversize is {mode!r}: give one of {', '.join(map(repr, _OVERSIZE))}, or None for the default")
+        raise ValueError(
+            f"oversize is {mode!r}: give one of {', '.join(map(repr, _OVERSIZE))}, or None for the default"
+        )
     return mode
 
 
 def set_oversize(mode: str | None) -> None:
     """What happens where kernel_size * dilation exceeds an axis, for every call that does not say so itself.
 
-    "clamp": the window is cut to what the axis (with dilation: each of its groups) can fill. "error": ValueError. "pad":
-    zeros are appended to the axis and attended, as the modules of natten 0.14 did; needed for detection checkpoints of that
-    time. None: the default, which is "clamp", or "pad" in a module that was given `bias=`, the spelling of 0.14.
-    An `oversize=` argument of a call or module wins over this switch.
+    "clamp": the window is cut to what the axis (with dilation: each of its groups) can fill. "error": ValueError.
+    "pad": zeros are appended to the axis and attended, as the modules of natten 0.14 did; needed for detection
+    checkpoints of that time. None: the default, which is "clamp", or "pad" in a module that was given `bias=`, the
+    spelling of 0.14. An `oversize=` argument of a call or module wins over this switch.
     """
     NattenContext.oversize = check_oversize(mode)
 
@@ -75,8 +77,11 @@ def resolve_oversize(argument: str | None, default: str = "clamp") -> str:
 
 
 def set_layout_check(mode: str) -> None:
-    """What na1d, na2d and na3d do about a tensor that looks heads-first, [batch, heads, *grid, head_dim], which they would
-    silently read as another grid: "warn" (default), "error" (ValueError) or "off". Not looked at under torch.compile."""
+    """What na1d, na2d and na3d do about a tensor that looks heads-first, [batch, heads, *grid, head_dim].
+
+    They would silently read it as another grid. "warn" (default), "error" (ValueError) or "off"; under torch.compile
+    nothing is looked at.
+    """
     if mode not in _LAYOUT_CHECKS:
         raise ValueError(f"layout check is {mode!r}: give one of {', '.join(map(repr, _LAYOUT_CHECKS))}")
     NattenContext.layout_check = mode
@@ -88,7 +93,7 @@ def get_layout_check() -> str:
 
 def _checked(name: str, mode) -> bool:
     if not isinstance(mode, bool):
-        raise ValueError(f"{name} expects a bool, got a {type(mode).__name__}")
+        raise ValueError(f"{name} expects a bool, got {type(mode).__name__}")
     return mode
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """FLOP formulas for torch.utils.flop_counter.FlopCounterMode. Import this module before the mode is entered.
 
-They count query-key pairs exactly, whatever the window, stride, dilation and causal flags: two flops per multiply-add, the
-softmax not counted. Forward 2 (D + Dv) per pair, backward 2 (3 D + 2 Dv), the logits being computed again.
+They count query-key pairs exactly, whatever the window, stride, dilation and causal flags: two flops per multiply-add,
+the softmax not counted. Forward 2 (D + Dv) per pair, backward 2 (3 D + 2 Dv), the logits being computed again.
 
 NOTE: not imported by the package: torch.utils.flop_counter imports triton, 0.3 s that `import natten` shall not cost.
 """
@@ -24,14 +24,16 @@ def _pairs(q, extra_k, window, stride, dilation, causal) -> int:
     return batch * heads * pairs
 
 
-def na_fwd_flops(q, k, v, bias, extra_k, extra_v, window, stride, dilation, causal, *args, out_shape=None, **kwargs) -> int:
-    return 2 * (q[-1] + v[-1]) * _pairs(q, extra_k, window, stride, dilation, causal)
+def na_fwd_flops(*args, out_shape=None, **kwargs) -> int:
+    """Takes the arguments of the op na_fwd."""
+    q, _, v, _, extra_k, _, *geometry = args[:10]
+    return 2 * (q[-1] + v[-1]) * _pairs(q, extra_k, *geometry)
 
 
-def na_bwd_flops(
-    dout, dlse, q, k, v, bias, extra_k, extra_v, out, lse, window, stride, dilation, causal, *args, out_shape=None, **kwargs
-) -> int:
-    return 2 * (3 * q[-1] + 2 * v[-1]) * _pairs(q, extra_k, window, stride, dilation, causal)
+def na_bwd_flops(*args, out_shape=None, **kwargs) -> int:
+    """Takes the arguments of the op na_bwd."""
+    _, _, q, _, v, _, extra_k, _, _, _, *geometry = args[:14]
+    return 2 * (3 * q[-1] + 2 * v[-1]) * _pairs(q, extra_k, *geometry)
 
 
 if _library.HAS_LIBNATTEN:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Neighborhood attention and dense attention as functions of tensors, heads last.
 
-Every query attends to the `kernel_size` keys nearest to it along each axis of the grid; near a border the window is shifted
-inwards, so it keeps its size. Sources: Hassani et al., "Neighborhood Attention Transformer", arXiv 2204.07143, section 3.1
-(the operator); "Dilated Neighborhood Attention Transformer", arXiv 2209.15001, section 3 (dilation); "Generalized
-Neighborhood Attention", arXiv 2504.16922, section 3 (stride, even windows).
+Every query attends to the `kernel_size` keys nearest to it along each axis of the grid; near a border the window is
+shifted inwards, so it keeps its size. Sources: Hassani et al., "Neighborhood Attention Transformer", arXiv 2204.07143,
+section 3.1 (the operator); "Dilated Neighborhood Attention Transformer", arXiv 2209.15001, section 3 (dilation);
+"Generalized Neighborhood Attention", arXiv 2504.16922, section 3 (stride, even windows).
 """
 
 import warnings
@@ -22,8 +22,9 @@ from .merge import merge_attentions
 __all__ = ["attention", "merge_attentions", "na1d", "na2d", "na3d", "neighborhood_attention_generic"]
 
 
-@_tuning.show_tuning
-def neighborhood_attention_generic(
+def _neighborhood(
+    name,
+    rank,
     query,
     key,
     value,
@@ -42,103 +43,18 @@ def neighborhood_attention_generic(
     oversize=None,
     **tuning,
 ):
-    """Neighborhood attention on a grid of 1, 2 or 3 axes, taken from the rank of `query`.
-
-    All arguments after `kernel_size` are keyword-only. Where one number per axis is expected, an integer serves all axes, and
-    any sequence (list, tuple, torch.Size) gives one per axis, slowest first.
-
-    Args:
-        query: [batch, *grid, heads, head_dim]; float32, float64, float16 or bfloat16, any strides.
-        key: [batch, *grid, heads_kv, head_dim]; heads_kv divides heads (grouped queries).
-        value: [batch, *grid, heads_kv, head_dim_v].
-        kernel_size: keys per query along each axis; -1 is the whole axis; even sizes reach one key further to the left.
-        stride: so many neighbouring queries share one window; at most kernel_size. None is 1.
-        dilation: distance of neighbouring keys, in tokens. None is 1.
-        is_causal: per axis, whether a query sees no key behind itself. None is False.
-        scale: factor of the logits; None is head_dim ** -0.5, 0.0 is zero.
-        additional_keys, additional_values: [batch, n, heads_kv, head_dim] and [batch, n, heads_kv, head_dim_v]; every query
-            sees them too, in the same softmax.
-        rpb: relative position bias [heads, 2 * kernel_size - 1 per axis], added to the scaled logits at index
-            (key - query) / dilation + kernel_size - 1; cast to the dtype of `query`.
-        return_lse: also return the logarithm of the softmax's denominator; it is differentiable.
-        backend: a name of the original or one of ours (cpu, reference, portable, sm90); None is the best one.
-        plan: a plan or a prefix of one, see `natten.list_plans`.
-        oversize: where kernel_size * dilation exceeds an axis: "clamp", "error" or "pad"; see `natten.context.set_oversize`.
-        tuning: tile shapes, schedules and the like of the original: checked for their form, then ignored.
-
-    Returns:
-        [batch, *grid, heads, head_dim_v] in the dtype of `query` (under torch.autocast: in its dtype; float64 stays), and with
-        `return_lse` also [batch, *grid, heads], float32 (float64 for float64).
-
-    Raises:
-        TypeError: wrong types, more than four positional arguments.
-        ValueError: wrong lengths, sizes or values, mixed dtypes or devices, a `backend` that cannot run.
-        NotImplementedError: sparse or nested tensors; a dtype or device without an engine.
-    """
-    if not isinstance(query, torch.Tensor):
-        raise TypeError(f"neighborhood_attention_generic expects query to be a torch.Tensor, got a {type(query).__name__}")
-    rank = query.dim() - 3
-    if rank not in args.AXES:
-        raise ValueError(
-            "neighborhood_attention_generic expects query as [batch, *grid, heads, head_dim] with a grid of 1 to 3 axes, "
-            f"got {query.dim()} dimensions"
-        )
-    call = "neighborhood_attention_generic", rank
-    return _neighborhood(call, query, key, value, kernel_size, too_many, stride, dilation, is_causal, scale, additional_keys,
-                         additional_values, rpb, return_lse, backend, plan, oversize, tuning)  # fmt: skip
-
-
-def _fixed_rank(rank: int):
-    """na1d, na2d and na3d: one text, three functions."""
-    name = f"na{rank}d"
-    axes = ", ".join(args.AXES[rank])
-
-    def function(
-        query,
-        key,
-        value,
-        kernel_size,
-        *too_many,
-        stride=1,
-        dilation=1,
-        is_causal=False,
-        scale=None,
-        additional_keys=None,
-        additional_values=None,
-        rpb=None,
-        return_lse=False,
-        backend=None,
-        plan=None,
-        oversize=None,
-        **tuning,
-    ):
-        return _neighborhood((name, rank), query, key, value, kernel_size, too_many, stride, dilation, is_causal, scale,
-                             additional_keys, additional_values, rpb, return_lse, backend, plan, oversize,
-                             tuning)  # fmt: skip
-
-    function.__name__ = function.__qualname__ = name
-    function.__doc__ = (
-        f"Neighborhood attention on [batch, {axes}, heads, head_dim]; a causal mask and additional keys included.\n\n"
-        "    Arguments, results and errors are those of `neighborhood_attention_generic`."
-    )
-    return _tuning.show_tuning(function)
-
-
-na1d, na2d, na3d = _fixed_rank(1), _fixed_rank(2), _fixed_rank(3)
-
-
-def _neighborhood(call, query, key, value, kernel_size, too_many, stride, dilation, is_causal, scale, extra_k, extra_v, rpb,
-                  return_lse, backend, plan, oversize, tuning):  # fmt: skip
-    name, rank = call
+    """All public functions on a grid; `name` is the one that was called."""
     if too_many:
         raise TypeError(
-            f"{name}() takes 4 positional arguments (query, key, value, kernel_size), got {4 + len(too_many)}: the fifth meant "
-            "dilation up to natten 0.17 and stride from 0.20 on, so write dilation=... or stride=..."
+            f"{name}() takes 4 positional arguments (query, key, value, kernel_size), got {4 + len(too_many)}: "
+            "the fifth meant dilation up to natten 0.17 and stride from 0.20 on, so write dilation=... or stride=..."
         )
     if tuning:
         _tuning.check(tuning, rank, _tuning.TUNING, name)
     args.flag("return_lse", return_lse)
-    query, key, value, extra_k, extra_v, rpb = _checked_tensors(name, rank, query, key, value, extra_k, extra_v, rpb)
+    query, key, value, extra_k, extra_v, rpb = _checked_tensors(
+        name, rank, query, key, value, additional_keys, additional_values, rpb
+    )
     extents = query.shape[1:-2]
     stride, dilation = args.integers("stride", stride, rank), args.integers("dilation", dilation, rank)
     window = args.windows(kernel_size, extents, dilation)
@@ -157,6 +73,72 @@ def _neighborhood(call, query, key, value, kernel_size, too_many, stride, dilati
     return (out, lse) if return_lse else out
 
 
+@_tuning.with_signature_of(_neighborhood)
+def neighborhood_attention_generic(query, key, value, kernel_size, *too_many, **options):
+    """Neighborhood attention on a grid of 1, 2 or 3 axes, taken from the rank of `query`.
+
+    All arguments after `kernel_size` are keyword-only. Where one number per axis is expected, an integer serves all
+    axes, and any sequence (list, tuple, torch.Size) gives one per axis, slowest first.
+
+    Args:
+        query: [batch, *grid, heads, head_dim]; float32, float64, float16 or bfloat16, any strides.
+        key: [batch, *grid, heads_kv, head_dim]; heads_kv divides heads (grouped queries).
+        value: [batch, *grid, heads_kv, head_dim_v].
+        kernel_size: keys per query along each axis; -1 is the whole axis; even sizes reach one key further to the left.
+        stride: so many neighbouring queries share one window; at most kernel_size. None is 1.
+        dilation: distance of neighbouring keys, in tokens. None is 1.
+        is_causal: per axis, whether a query sees no key behind itself. None is False.
+        scale: factor of the logits; None is head_dim ** -0.5, 0.0 is zero.
+        additional_keys, additional_values: [batch, n, heads_kv, head_dim] and [batch, n, heads_kv, head_dim_v]; every
+            query sees them too, in the same softmax.
+        rpb: relative position bias [heads, 2 * kernel_size - 1 per axis], added to the scaled logits at index
+            (key - query) / dilation + kernel_size - 1; cast to the dtype of `query`.
+        return_lse: also return the logarithm of the softmax's denominator; it is differentiable.
+        backend: a name of the original or one of ours (cpu, reference, portable, sm90); None is the best one.
+        plan: a plan or a prefix of one, see `natten.list_plans`.
+        oversize: where kernel_size * dilation exceeds an axis: "clamp", "error" or "pad"; see
+            `natten.context.set_oversize`.
+        Others: tile shapes, schedules and the like of the original: checked for their form, then ignored.
+
+    Returns:
+        [batch, *grid, heads, head_dim_v] in the dtype of `query` (under torch.autocast: in its dtype; float64 stays),
+        and with `return_lse` also [batch, *grid, heads], float32 (float64 for float64).
+
+    Raises:
+        TypeError: wrong types, more than four positional arguments.
+        ValueError: wrong lengths, sizes or values, mixed dtypes or devices, a `backend` that cannot run.
+        NotImplementedError: sparse or nested tensors; a dtype or device without an engine.
+    """
+    name = "neighborhood_attention_generic"
+    if not isinstance(query, torch.Tensor):
+        raise TypeError(f"{name} expects query to be a torch.Tensor, got {type(query).__name__}")
+    rank = query.dim() - 3
+    if rank not in args.AXES:
+        raise ValueError(
+            f"{name} expects query as [batch, *grid, heads, head_dim] with a grid of 1 to 3 axes, "
+            f"got {query.dim()} dimensions"
+        )
+    return _neighborhood(name, rank, query, key, value, kernel_size, *too_many, **options)
+
+
+@_tuning.with_signature_of(_neighborhood)
+def na1d(query, key, value, kernel_size, *too_many, **options):
+    """Neighborhood attention on [batch, x, heads, head_dim]; otherwise as `neighborhood_attention_generic`."""
+    return _neighborhood("na1d", 1, query, key, value, kernel_size, *too_many, **options)
+
+
+@_tuning.with_signature_of(_neighborhood)
+def na2d(query, key, value, kernel_size, *too_many, **options):
+    """Neighborhood attention on [batch, y, x, heads, head_dim]; otherwise as `neighborhood_attention_generic`."""
+    return _neighborhood("na2d", 2, query, key, value, kernel_size, *too_many, **options)
+
+
+@_tuning.with_signature_of(_neighborhood)
+def na3d(query, key, value, kernel_size, *too_many, **options):
+    """Neighborhood attention on [batch, z, y, x, heads, head_dim]; otherwise as `neighborhood_attention_generic`."""
+    return _neighborhood("na3d", 3, query, key, value, kernel_size, *too_many, **options)
+
+
 def _checked_tensors(name, rank, query, key, value, extra_k, extra_v, rpb):
     """The six tensors, checked for form and agreement, autocast, with unit last strides."""
     axes = ("batch", *args.AXES[rank], "heads", "head_dim")
@@ -168,7 +150,9 @@ def _checked_tensors(name, rank, query, key, value, extra_k, extra_v, rpb):
         for label, x in (("additional_keys", extra_k), ("additional_values", extra_v)):
             args.dense_tensor(label, x, name, ("batch", "n", "heads", "head_dim"))
     if rpb is not None:
-        args.dense_tensor("rpb", rpb, name, ("heads", *(f"2 * kernel_size - 1 along {axis}" for axis in args.AXES[rank])))
+        args.dense_tensor(
+            "rpb", rpb, name, ("heads", *(f"2 * kernel_size - 1 along {axis}" for axis in args.AXES[rank]))
+        )
     query, key, value, extra_k, extra_v = _autocast(query, key, value, extra_k, extra_v)
     others = ("key", key), ("value", value), ("additional_keys", extra_k), ("additional_values", extra_v)
     args.tensors_agree(name, ("query", query), *others)
@@ -198,8 +182,8 @@ def _run(tensors, options, backend):
 
 
 def _check_layout(name, query, window) -> None:
-    """Warns of [batch, heads, *grid, head_dim] where heads stand last: its first axis holds heads, and is small; what is read
-    as heads is an axis of the grid, and is large. Two signs: a window that outgrows that first axis, a square grid."""
+    """Warns of [batch, heads, *grid, head_dim], which would be read with heads for its first axis, and with an axis of
+    the grid for heads. Two signs: the window outgrows that first axis; as many "heads" as the last axis has tokens."""
     mode = context.NattenContext.layout_check
     first, heads = query.shape[1], query.shape[-2]
     if mode == "off" or heads <= first or first == 0:
@@ -210,8 +194,8 @@ def _check_layout(name, query, window) -> None:
         return
     axes = ", ".join(("batch", *args.AXES[len(window)], "heads", "head_dim"))
     message = (
-        f"{name} reads query {list(query.shape)} as [{axes}], that is with {heads} heads, which looks like a tensor with heads "
-        "first: permute it, or call natten.context.set_layout_check('off') if it is meant so"
+        f"{name} reads query {list(query.shape)} as [{axes}], that is with {heads} heads, which looks like a tensor "
+        "with heads first: permute it, or call natten.context.set_layout_check('off') if it is meant so"
     )
     if mode == "error":
         raise ValueError(message)
@@ -263,9 +247,9 @@ def attention(
 ):
     """Dense attention: every query sees every key, or under `is_causal` those up to its own position.
 
-    Samples of different lengths may be packed one behind the other into a batch of 1: give `seqlens_Q` and `seqlens_KV`, the
-    lengths, or `cumulative_seqlen_Q` and `cumulative_seqlen_KV`, their running sums from 0, with `max_seqlen_Q` and
-    `max_seqlen_KV`. Lengths may be zero. Such calls loop over the samples and cannot be compiled.
+    Samples of different lengths may be packed one behind the other into a batch of 1: give `seqlens_Q` and
+    `seqlens_KV`, the lengths, or `cumulative_seqlen_Q` and `cumulative_seqlen_KV`, their running sums from 0, with
+    `max_seqlen_Q` and `max_seqlen_KV`. Lengths may be zero. Such calls loop over the samples and cannot be compiled.
 
     Args:
         query: [batch, seqlen_q, heads, head_dim]; float32, float64, float16 or bfloat16.
@@ -278,8 +262,8 @@ def attention(
         Others: tuning arguments of the original: checked for their form, then ignored.
 
     Returns:
-        [batch, seqlen_q, heads, head_dim_v] and with `return_lse` also [batch, seqlen_q, heads], float32 (float64 for float64).
-        A query without keys gets 0 and -inf.
+        [batch, seqlen_q, heads, head_dim_v] and with `return_lse` also [batch, seqlen_q, heads], float32 (float64 for
+        float64). A query without keys gets 0 and -inf.
 
     Raises: as `neighborhood_attention_generic`; RuntimeError for packed samples under torch.compile.
     """

@@ -7,20 +7,21 @@ import torch
 def merge_attentions(outputs, lse_tensors, torch_compile=True, use_autograd_fix=True):
     """The attention over the union of the branches' keys.
 
-    A pure function: nothing is written into its arguments, and gradients flow to every output and every lse, for any number
-    of branches. Computed in float32 (float64 for float64), relative to the largest lse, so nothing overflows.
+    A pure function: nothing is written into its arguments, and gradients flow to every output and every lse, for any
+    number of branches. Computed in float32 (float64 for float64), relative to the largest lse, so nothing overflows.
 
     Args:
         outputs: at least two tensors [..., heads, head_dim] of one shape, such as [batch, tokens, heads, head_dim].
-        lse_tensors: one [..., heads] for each: the natural logarithm of its softmax's denominator; -inf for no key at all.
+        lse_tensors: one [..., heads] for each: natural logarithm of its softmax's denominator; -inf if it has no key.
         torch_compile, use_autograd_fix: accepted for the original's clients; they do not change the result.
 
     Returns:
-        out [..., heads, head_dim] in the dtype of outputs[0], and lse [..., heads] in float32 (float64 for float64). Where no
-        branch has a key, out is 0, lse is -inf and all gradients are 0.
+        out [..., heads, head_dim] in the dtype of outputs[0], and lse [..., heads] in float32 (float64 for float64).
+        Where no branch has a key, out is 0, lse is -inf and all gradients are 0.
 
     Raises:
-        TypeError: not two lists of tensors. ValueError: fewer than two branches, or lengths, shapes or devices that disagree.
+        TypeError: not two lists of tensors. ValueError: fewer than two branches, or lengths, shapes or devices that
+        disagree.
     """
     _check(outputs, lse_tensors)
     dtype = torch.float64 if outputs[0].dtype == torch.float64 else torch.float32
@@ -47,11 +48,15 @@ def _check(outputs, lse_tensors) -> None:
     if len(outputs) < 2:
         raise ValueError(f"merge_attentions needs at least 2 outputs, got {len(outputs)}")
     if len(outputs) != len(lse_tensors):
-        raise ValueError(f"merge_attentions got {len(outputs)} outputs but {len(lse_tensors)} lse tensors: give one for each")
+        raise ValueError(
+            f"merge_attentions got {len(outputs)} outputs but {len(lse_tensors)} lse tensors: give one for each"
+        )
     first = outputs[0]
     for i, (out, lse) in enumerate(zip(outputs, lse_tensors, strict=True)):
         if out.dim() < 2 or out.shape != first.shape:
-            raise ValueError(f"merge_attentions needs outputs of one shape: {list(first.shape)} and {list(out.shape)} (no. {i})")
+            raise ValueError(
+                f"merge_attentions needs outputs of one shape: {list(first.shape)} and {list(out.shape)} (no. {i})"
+            )
         if lse.shape != first.shape[:-1]:
             raise ValueError(
                 f"merge_attentions expects lse [..., heads] beside output [..., heads, head_dim]: "

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Neighborhood attention as layers: projection to queries, keys and values, attention, projection back.
 
-One class for every generation of checkpoints: parameters are `qkv.*`, `proj.*` and, with a relative position bias, `rpb`.
+One class for every generation of checkpoints: parameters are `qkv.*`, `proj.*` and, with a relative position bias,
+`rpb`.
 """
 
 import torch
@@ -28,12 +29,12 @@ class _NeighborhoodAttention(nn.Module):
         qkv_bias: whether the projection to queries, keys and values has a bias.
         qk_scale: factor of the logits; None is head_dim ** -0.5, 0.0 is zero.
         proj_drop: probability of dropout after the last projection.
-        attn_drop: probability of dropout on the attention probabilities. In training it runs on a composed path that needs
-            memory for every window.
+        attn_drop: probability of dropout on the attention probabilities. In training it runs on a composed path that
+            needs memory for every window.
         rel_pos_bias: learn a relative position bias `rpb` [num_heads, 2 * kernel_size - 1 per axis].
         bias: natten 0.14's name of rel_pos_bias; it also selects oversize="pad", which that version did.
-        oversize: where kernel_size * dilation exceeds an axis: "clamp", "error" or "pad", which appends zeros to the *input*;
-            None leaves it to `natten.context.set_oversize`, then to `bias`, then to "clamp".
+        oversize: where kernel_size * dilation exceeds an axis: "clamp", "error" or "pad", which appends zeros to the
+            *input*; None leaves it to `natten.context.set_oversize`, then to `bias`, then to "clamp".
 
     The order of positional arguments is that of natten 0.20 and later.
 
@@ -68,13 +69,15 @@ class _NeighborhoodAttention(nn.Module):
         for name, x in (("embed_dim", embed_dim), ("num_heads", num_heads), ("kernel_size", kernel_size)):
             if x is None:
                 raise TypeError(f"{type(self).__name__} needs {name}")
+        embed_dim, num_heads = args.integer("embed_dim", embed_dim), args.integer("num_heads", num_heads)
         if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads != 0:
             raise ValueError(f"embed_dim {embed_dim} must be a positive multiple of num_heads {num_heads}")
         self.embed_dim, self.num_heads, self.head_dim = embed_dim, num_heads, embed_dim // num_heads
-        self.kernel_size = self._window(kernel_size)
+        self.kernel_size = tuple(args.integers("kernel_size", kernel_size, self.rank))
         self.stride = tuple(args.integers("stride", stride, self.rank))
         self.dilation = tuple(args.integers("dilation", dilation, self.rank))
         self.is_causal = tuple(args.booleans("is_causal", is_causal, self.rank))
+        self._check_geometry()
         self.scale = args.scale_or_default(qk_scale, self.head_dim)
         self.oversize = context.check_oversize(oversize)
         self._default_oversize = "clamp" if bias is None else "pad"
@@ -94,14 +97,22 @@ class _NeighborhoodAttention(nn.Module):
             raise TypeError(f"{type(self).__name__} got both {name} and {alias}, which mean the same: give one of them")
         return alias_value if value is None else value
 
-    def _window(self, kernel_size) -> tuple[int, ...]:
-        window = args.integers("kernel_size", kernel_size, self.rank)
-        args.windows(window, window, [1] * self.rank)  # demands positive sizes or -1
-        return tuple(window)
+    def _check_geometry(self) -> None:
+        """What the core would say of the first call, said by the constructor."""
+        parameters = zip(args.AXES[self.rank], self.kernel_size, self.stride, self.dilation, strict=True)
+        for axis, window, stride, dilation in parameters:
+            if window < 1 and window != -1:
+                raise ValueError(f"kernel_size is {window} on axis {axis}: give at least 1, or -1 for the whole axis")
+            if stride < 1 or stride > window != -1:
+                raise ValueError(f"stride {stride} on axis {axis} must be at least 1 and at most kernel_size {window}")
+            if dilation < 1:
+                raise ValueError(f"dilation {dilation} on axis {axis} must be at least 1")
 
     def _bias_sizes(self) -> list[int]:
         if -1 in self.kernel_size:
-            raise ValueError("a relative position bias needs the kernel_size in numbers: -1 does not say how large its table is")
+            raise ValueError(
+                "a relative position bias needs kernel_size in numbers: -1 does not tell the size of its table"
+            )
         return [2 * window - 1 for window in self.kernel_size]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -110,7 +121,9 @@ class _NeighborhoodAttention(nn.Module):
             axes = ", ".join(("batch", *args.AXES[self.rank], "channels"))
             raise ValueError(f"{type(self).__name__} expects [{axes}], got {x.dim()} dimensions: {list(x.shape)}")
         if x.shape[-1] != self.embed_dim:
-            raise ValueError(f"{type(self).__name__} expects {self.embed_dim} channels, got {x.shape[-1]}: {list(x.shape)}")
+            raise ValueError(
+                f"{type(self).__name__} expects {self.embed_dim} channels, got {x.shape[-1]}: {list(x.shape)}"
+            )
         grid = x.shape[1:-1]
         oversize = context.resolve_oversize(self.oversize, self._default_oversize)
         if oversize == "pad":
@@ -131,10 +144,10 @@ class _NeighborhoodAttention(nn.Module):
         return neighborhood_attention_generic(q, k, v, self.kernel_size, **options)
 
     def _padded(self, x):
-        """Zeros on the far side of every axis that is shorter than its window, before the projection: what is appended has
-        the projection's bias as query, key and value, and is attended, as in natten 0.14."""
+        """Zeros on the far side of every axis that is shorter than its window, before the projection: what is appended
+        has the projection's bias as query, key and value, and is attended, as in natten 0.14."""
         amounts = [0, 0]
-        for n, window, dilation in zip(reversed(x.shape[1:-1]), reversed(self.kernel_size), reversed(self.dilation)):
+        for n, window, dilation in zip(x.shape[-2:0:-1], self.kernel_size[::-1], self.dilation[::-1], strict=True):
             amounts += [0, max(0, window * dilation - n)]
         return nn.functional.pad(x, amounts) if any(amounts) else x
 
@@ -145,12 +158,16 @@ class _NeighborhoodAttention(nn.Module):
         return ", ".join(parts)
 
 
-def _of_rank(rank: int):
-    """The class for grids of so many axes."""
-    doc = (_NeighborhoodAttention.__doc__ or "").replace("{axes}", ", ".join(args.AXES[rank]))
-    return {"rank": rank, "__doc__": doc, "__module__": __name__}
+class NeighborhoodAttention1D(_NeighborhoodAttention):
+    __doc__ = _NeighborhoodAttention.__doc__.format(axes="x")
+    rank = 1
 
 
-NeighborhoodAttention1D = type("NeighborhoodAttention1D", (_NeighborhoodAttention,), _of_rank(1))
-NeighborhoodAttention2D = type("NeighborhoodAttention2D", (_NeighborhoodAttention,), _of_rank(2))
-NeighborhoodAttention3D = type("NeighborhoodAttention3D", (_NeighborhoodAttention,), _of_rank(3))
+class NeighborhoodAttention2D(_NeighborhoodAttention):
+    __doc__ = _NeighborhoodAttention.__doc__.format(axes="y, x")
+    rank = 2
+
+
+class NeighborhoodAttention3D(_NeighborhoodAttention):
+    __doc__ = _NeighborhoodAttention.__doc__.format(axes="z, y, x")
+    rank = 3
