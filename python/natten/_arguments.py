@@ -5,11 +5,10 @@ windows, heads against key heads) is checked once, in the core.
 TypeError: a wrong type. ValueError: a wrong length or value. NotImplementedError: a tensor that no engine takes.
 """
 
-import operator
-
 import torch
 
 AXES = {1: ("x",), 2: ("y", "x"), 3: ("z", "y", "x")}  # as the core calls them, slowest first
+_BOOLEANS = ("bool", "bool_")  # Python's and numpy's
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -18,7 +17,9 @@ def _is_sequence(value) -> bool:
         return False
     if isinstance(value, list | tuple):  # torch.Size is a tuple
         return True
-    return hasattr(value, "__getitem__") and hasattr(value, "__len__") and not isinstance(value, str | torch.Tensor)
+    if isinstance(value, str | torch.Tensor) or getattr(value, "ndim", 1) == 0:  # numpy's numbers have ndim 0
+        return False
+    return hasattr(value, "__getitem__") and hasattr(value, "__len__")
 
 
 def _per_axis(name: str, value, rank: int, convert) -> list:
@@ -36,14 +37,14 @@ def _per_axis(name: str, value, rank: int, convert) -> list:
 def integer(name: str, value):
     if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
         return value
-    # numpy's integers come here; their bool has no __index__, and a tensor would synchronise with its device
-    if isinstance(value, bool | torch.Tensor) or not hasattr(value, "__index__"):
+    # What else has an __index__ is an integer of numpy. A tensor has one too, but would synchronise with its device.
+    if isinstance(value, bool | torch.Tensor) or type(value).__name__ in _BOOLEANS or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer or a sequence of integers, got {_shown(value)}")
-    return operator.index(value)
+    return int(value)  # and not operator.index, which Dynamo cannot follow
 
 
 def _boolean(name: str, value) -> bool:
-    if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):
+    if not isinstance(value, bool) and type(value).__name__ not in _BOOLEANS:
         raise TypeError(f"{name} must be a bool or a sequence of bools, got {_shown(value)}")
     return bool(value)
 
