@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: MIT
+"""T-51: extreme scales and logits. T-53: NaN and infinity stay with the queries whose windows hold them."""
+
+import math
+
+import cases
+import dense
+import pytest
+import torch
+from cases import Case
+
+import natten
+
+SHAPES = [
+    Case((21,), 5, dilation=2, heads=2, head_dim=8),
+    Case((6, 18), (3, 4), causal=(True, False), heads=2, head_dim=8),
+    Case((6, 9), (3, 4), stride=(2, 4), heads=2, head_dim=8, extra=2, bias=True),
+]
+PER_SHAPE = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+@PER_SHAPE
+@pytest.mark.parametrize("scale", [0.0, -0.5, 1.0, 3, 1e-6])
+def test_scales(shape, scale):
+    cases.check(Case(**{**vars(shape), "scale": scale}))
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_scale_zero_is_the_mean_of_the_window(dtype):
+    case = Case((6, 18), (3, 4), heads=2, head_dim=8, scale=0.0)
+    inputs = cases.make_inputs(case, dtype)
+    uniform = dense.window_mask(case.grid, *case.parameters).double() / 12
+    exact = torch.einsum("qk,bkhd->bqhd", uniform, inputs["v"].double().flatten(1, 2)).view(inputs["v"].shape)
+    for plan in cases.plans_of(case, dtype):
+        out, lse = cases.call(case, inputs, plan, return_lse=True)
+        assert (out.double() - exact).abs().max() <= max(torch.finfo(dtype).eps, 1e-14)
+        torch.testing.assert_close(lse.double(), torch.full_like(lse, math.log(12)).double(), rtol=0, atol=1e-6)
+
+
+@PER_SHAPE
+def test_cosine_similarity_with_a_learnable_scale(shape):
+    """Normalised q and k and scale=1, the learnable factor in q, as in k-diffusion."""
+    case = Case(**{**vars(shape), "scale": 1.0})
+    for dtype in (torch.float32, torch.float64):
+        inputs = cases.make_inputs(case, dtype)
+        factor = torch.tensor([10.0, 0.3], dtype=dtype)
+
+        def with_cosine(run):
+            def function(tensors):
+                q, k = (torch.nn.functional.normalize(tensors[name], dim=-1) for name in "qk")
+                return run(case, {**tensors, "q": q * factor.to(q.dtype).sqrt()[:, None], "k": k})
+
+            return function
+
+        exact, same = cases.expected_of(with_cosine(cases.call_dense), inputs)
+        for plan in cases.plans_of(case, dtype):
+            ours = with_cosine(lambda c, t, plan=plan: cases.call(c, t, plan, return_lse=True))
+            cases.compare(cases.results_of(ours, inputs), exact, same, dtype, f"{case} {plan}")
+
+
+def check_extreme(case, inputs, dtype):
+    exact, same = cases.expected(case, inputs)
+    largest_lse = float(exact["lse"].abs().max())
+    for plan in cases.plans_of(case, dtype):
+        cases.compare(cases.results(case, inputs, plan), exact, same, dtype, f"{case} {plan}", largest_lse)
+
+
+@PER_SHAPE
+@pytest.mark.parametrize("dtype", cases.FLOATS, ids=str)
+def test_huge_logits(shape, dtype):
+    """Logits up to 1e4 which the type holds exactly, so that nothing but the softmax can lose digits."""
+    case = Case(**{**vars(shape), "scale": 1.0})
+    inputs = cases.make_inputs(case, dtype)
+    for name in ("q", "k", "bias", "extra_k"):
+        if name in inputs:
+            inputs[name] = (inputs[name] * 10).round()
+    inputs["q"] *= 3
+    largest = (inputs["q"].flatten(0, -2) @ inputs["k"].flatten(0, -2).T).abs().max()
+    assert 2e3 < largest < 1e5
+    check_extreme(case, inputs, dtype)
+
+
+@PER_SHAPE
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_equal_logits_far_from_zero(shape, dtype):
+    """All logits of a row are the same large number: the weights are equal, with nothing left of the number."""
+    case = Case(**{**vars(shape), "scale": 1.0, "bias": False})
+    inputs = cases.make_inputs(case, dtype)
+    for name in ("q", "k", "extra_k"):
+        if name in inputs:
+            inputs[name] = torch.full_like(inputs[name], 32.0 if name == "q" else 16.0)
+    check_extreme(case, inputs, dtype)
+
+
+@PER_SHAPE
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_bias_of_minus_infinity_masks(shape, dtype):
+    """Some offsets are masked by their bias; the query's own never is, so no row is empty. Gradients stay finite."""
+    case = Case(**{**vars(shape), "bias": True})
+    inputs = cases.make_inputs(case, dtype)
+    masked = torch.rand(inputs["bias"].shape) < 0.5
+    masked[(slice(None), *(w - 1 for w in case.parameters[0]))] = False
+    inputs["bias"].masked_fill_(masked, -math.inf)
+    exact, same = cases.expected(case, inputs)
+    assert all(x.isfinite().all() for x in exact.values())
+    for plan in cases.plans_of(case, dtype):
+        cases.compare(cases.results(case, inputs, plan), exact, same, dtype, f"{case} {plan}")
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-18, 1e15, 1e30])
+def test_tiny_and_large_values(magnitude):
+    """out and dv scale with the values and with the incoming gradient; nothing in between under- or overflows."""
+    for shape in SHAPES:
+        case = Case(**{**vars(shape), "bias": False, "extra": 0})
+        inputs = cases.make_inputs(case, torch.float32)
+        for name in ("v", "dout"):
+            scaled = {**inputs, name: inputs[name] * magnitude}
+            for plan in cases.plans_of(case, torch.float32):
+                base = cases.results(case, inputs, plan, lse_gradient=False)
+                got = cases.results(case, scaled, plan, lse_gradient=False)
+                linear = {"v": ("out", "dq", "dk"), "dout": ("dq", "dk", "dv")}[name]
+                for result in linear:
+                    error = (got[result].double() / magnitude - base[result].double()).abs().max()
+                    assert error <= 1e-5 * base[result].abs().max(), f"{result} {plan} {case}"
+
+
+POISONED = [
+    Case((40,), 5, dilation=2, heads=2, heads_kv=1, head_dim=8),
+    Case((23,), 4, causal=True, heads=2, head_dim=8),
+    Case((7, 20), (3, 4), heads=2, head_dim=8),
+    Case((7, 20), (3, 4), dilation=(2, 1), causal=(False, True), heads=2, head_dim=8),
+    Case((8, 12), (3, 4), stride=(2, 4), heads=2, head_dim=8),
+    Case((3, 5, 9), (2, 3, 3), causal=(True, False, False), heads=2, head_dim=8),
+    Case((5, 6), 9, dilation=(2, 1), heads=2, head_dim=8),
+]
+POISON = pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+
+
+def flat(tensor):
+    return tensor[0].flatten(0, -3).flatten(1)  # [tokens, heads * dim] of the only sample
+
+
+@POISON
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("case", POISONED, ids=str)
+def test_poisoned_keys_and_values(case, dtype, poison):
+    """Queries that do not see the key keep every bit, and so do the gradients of keys that no such query sees."""
+    inputs = cases.make_inputs(case, dtype)
+    mask = dense.window_mask(case.grid, *case.parameters)
+    tokens = mask.shape[0]
+    for plan in cases.plans_of(case, dtype):
+        before = cases.results(case, inputs, plan)
+        for key in sorted({0, 1, tokens // 2, tokens - 4, tokens - 1}):
+            for name in "kv":
+                changed = {**inputs, name: inputs[name].clone()}
+                changed[name].flatten(1, -3)[0, key, :, 3] = poison
+                got = cases.results(case, changed, plan)
+                reached = mask[:, key]
+                for result in ("out", "dq"):
+                    assert torch.equal(flat(got[result])[~reached], flat(before[result])[~reached]), f"{result} {plan}"
+                clean_keys = ~mask[reached].any(0)
+                for result in ("dk", "dv"):
+                    assert torch.equal(flat(got[result])[clean_keys], flat(before[result])[clean_keys]), f"{result} {plan}"
+                if name == "v" or math.isnan(poison):
+                    assert not flat(got["out"])[reached].isfinite().all(-1).any(), f"hidden by {plan}"
+
+
+@POISON
+@pytest.mark.parametrize("case", POISONED, ids=str)
+def test_poisoned_queries_and_gradients(case, poison):
+    inputs = cases.make_inputs(case, torch.float32)
+    mask = dense.window_mask(case.grid, *case.parameters)
+    others = torch.arange(mask.shape[0])
+    for plan in cases.plans_of(case, torch.float32):
+        before = cases.results(case, inputs, plan)
+        for query in (0, mask.shape[0] // 2, mask.shape[0] - 1):
+            for name in ("q", "dout"):
+                changed = {**inputs, name: inputs[name].clone()}
+                changed[name].flatten(1, -3)[0, query, :, 1] = poison
+                got = cases.results(case, changed, plan)
+                for result in ("out", "dq"):
+                    keep = others != query
+                    assert torch.equal(flat(got[result])[keep], flat(before[result])[keep]), f"{result} {plan}"
+                for result in ("dk", "dv"):
+                    keep = ~mask[query]
+                    assert torch.equal(flat(got[result])[keep], flat(before[result])[keep]), f"{result} {plan}"
+
+
+def test_poison_stays_in_its_sample_and_head():
+    case = Case((6, 18), (3, 4), batch=2, heads=4, heads_kv=2, head_dim=8, extra=2)
+    inputs = cases.make_inputs(case, torch.float32)
+    for plan in cases.plans_of(case, torch.float32):
+        before = cases.call(case, inputs, plan)
+        for name in ("k", "v", "extra_k", "extra_v"):
+            changed = {**inputs, name: inputs[name].clone()}
+            changed[name][1, ..., 1, :] = math.nan  # the second key head serves query heads 2 and 3
+            out = cases.call(case, changed, plan)
+            assert torch.equal(out[0], before[0]) and torch.equal(out[1, ..., :2, :], before[1, ..., :2, :])
+            assert out[1, ..., 2:, :].isnan().any(-1).all()
+
+
+@pytest.mark.parametrize("dtype", cases.HALVES, ids=str)
+def test_half_types_are_summed_in_fp32(dtype):
+    """A window of 441 keys with equal weights: a sum in the half type would lose two digits."""
+    case = Case((21, 21), 21, head_dim=64, scale=0.0)
+    inputs = cases.make_inputs(case, dtype)
+    exact = inputs["v"].double().flatten(1, 2).mean(1)
+    for plan in cases.plans_of(case, dtype):
+        out = natten.na2d(*(inputs[n] for n in "qkv"), 21, scale=0.0, plan=plan)
+        assert (out.double() - exact[:, None, None]).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
