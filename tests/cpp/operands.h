@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: MIT
+// The tensors of a problem, how a plan runs on them, and how results are compared with the dense attention.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cases.h"
+#include "dense.h"
+#include "natten/attention.h"
+#include "tensors.h"
+
+namespace test {
+
+struct Operands {
+  /// Random inputs of unit variance, q and k of the case's amplitude.
+  Operands(const Case& c, natten::DType dtype, uint32_t seed, int64_t guard = Tensor::kGuard);
+
+  natten::Problem problem;
+  Tensor q, k, v, bias, extra_k, extra_v, dout, dlse;  // inputs
+  Tensor out, lse;                                     // outputs of the forward pass
+  Tensor dq, dk, dv, dbias, dextra_k, dextra_v;        // outputs of the backward pass
+
+  natten::BackwardArgs args() const;
+  dense::Inputs dense_inputs() const;
+
+  using Named = std::vector<std::pair<std::string, Tensor*>>;
+  Named inputs(natten::Pass pass);  ///< those that are present; for the backward pass also out and lse
+  Named outputs(natten::Pass pass);
+};
+
+dense::Problem to_dense(const natten::Problem& problem);
+
+/// Poisons the outputs, runs the plan in a workspace with guard bands and reports (EXPECT) every byte that changed
+/// outside of the outputs.
+void run(Operands& operands, natten::Pass pass, const natten::Plan& plan,
+         const natten::Executor& executor = natten::serial_executor());
+
+/// Runs the tasks on the calling thread, last one first, and says that there are `num_threads`.
+natten::Executor reverse_executor(int num_threads);
+
+/// All bytes of the outputs of a pass.
+std::vector<std::vector<std::byte>> snapshot(Operands& operands, natten::Pass pass);
+
+/// What the dense attention gives for these operands, and the error that each result may have.
+class Reference {
+ public:
+  Reference(const Case& c, const Operands& operands);
+  /// EXPECTs every output of the pass to be as near to the dense attention as its type allows.
+  void check(Operands& operands, natten::Pass pass) const;
+
+ private:
+  double tolerance(const std::string& name) const;
+
+  natten::DType dtype_;
+  double amplitude_;
+  dense::Results exact_;
+  std::vector<dense::Results> rounded_;  // for half types: what they do to a dense computation
+};
+
+}  // namespace test
