@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-# Every symbol that the object files of one instruction set offer to the linker must stand in natten::cpu::<isa>.
+# Every symbol that the object files of one instruction set offer to the linker must stand in natten::cpu::<isa>, or be
+# an instance for a type that does.
 # NOTE: an inline function of the standard library, compiled with -mavx512f, is a weak symbol of the same name as in all
 # other files. The linker keeps any one of them, so code for an old machine could call the copy that the old machine
 # cannot run.
@@ -17,14 +18,11 @@ foreach(object ${OBJECTS})
   string(REPLACE "]" ")" output "${output}")
   string(REPLACE "\n" ";" lines "${output}")
   foreach(line ${lines})
-    # "0000000000000000 W void natten::cpu::avx512::kernel<float>(...)": what stands in front of the name is a return
-    # type, or says that the symbol belongs to another one of the same name.
     string(REGEX REPLACE "^[0-9a-f]+ [A-Za-z] " "" symbol "${line}")
     if(symbol MATCHES "^(DW\\.ref\\.|__odr_asan)")
       continue()  # pointers to data, no code
     endif()
-    string(REGEX REPLACE "\\(.*$" "" name "${symbol}")
-    if(name MATCHES "natten::cpu::${ISA}::")
+    if(symbol MATCHES "natten::cpu::${ISA}::")
       math(EXPR own "${own} + 1")
     else()
       list(APPEND foreign "${line}")

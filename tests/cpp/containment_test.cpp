@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Values that are not finite: a NaN or infinity in a key or value reaches exactly the queries that see it, and leaves the
-// bits of all others alone; -infinity in the bias removes keys, all of them if need be.
-// Covers T-6 (exact windows, at every border), T-8 (each parameter matters), T-10 (rows without keys), T-53 (containment).
+// Values that are not finite: a NaN or infinity in a key or value reaches exactly the queries that see it, and leaves
+// the bits of all others alone; -infinity in the bias removes keys, all of them if need be.
+// Covers T-6 (exact windows, at every border), T-8 (each parameter matters), T-10 (rows without keys) and T-53.
 #include <gtest/gtest.h>
 
 #include <algorithm>

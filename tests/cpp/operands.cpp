@@ -202,8 +202,8 @@ Reference::Reference(const Case& c, const Operands& operands)
 
 /// Sums are in float (double for f64), so results are within 1e-5 (1e-12) of the largest one. Three things add to that:
 /// - An error of a logit multiplies the probabilities: 8 roundoffs of the largest logit, where that is more.
-/// - A gradient of the scores is a difference of terms of the size of dout and v, which may cancel to nothing (window 1,
-///   saturated softmax). What is left is compared with the size of the terms: hence the lower bound of `size`.
+/// - A gradient of the scores is a difference of terms of the size of dout and v, which may cancel to nothing (window
+///   1, saturated softmax). What is left is compared with the size of the terms: hence the lower bound of `size`.
 /// - Half types: FlashAttention's rule, twice the error of a dense computation in that precision, at least the rounding
 ///   of the largest result. Where errors of few elements cancel by chance, storing less of it may err more: the larger.
 double Reference::tolerance(const std::string& name) const {

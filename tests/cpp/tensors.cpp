@@ -27,7 +27,7 @@ uint16_t encode_half(Format f, double x) {
   if (x == 0.0) return uint16_t(sign);
   if (std::isinf(x)) return uint16_t(sign | infinity);
   const int exponent = std::max(std::ilogb(x), 1 - f.bias());
-  // The mantissa with its leading one; where rounding carries it to the next power of two, the sum below is still right.
+  // The mantissa with its leading one; if rounding carries it to the next power of two, the sum below is still right.
   const int mantissa = int(std::nearbyint(std::ldexp(std::abs(x), f.mantissa_bits - exponent)));
   const int64_t bits = (int64_t{exponent + f.bias() - 1} << f.mantissa_bits) + mantissa;
   return uint16_t(sign | int(std::min<int64_t>(bits, infinity)));
