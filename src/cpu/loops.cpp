@@ -64,13 +64,6 @@ int64_t most_slots(const Problem& p) {
 
 // --- small vector loops over channels ---------------------------------------------------------------------------------------
 
-template <class Real, class T>
-NATTEN_INLINE Real dot(const Real* a, const T* b, int dim) {
-  Vec<Real> sum = {};
-  for_each_vector<Real>(dim, [&](int d, int lanes) { sum += load<Vec<Real>>(a + d) * load_up_to<Real>(b + d, lanes); });
-  return sum_lanes(sum);
-}
-
 // to[d] += sum over i of weights[i] * from[i][d]; rows of `from` are `step` apart.
 template <class Real, class T>
 NATTEN_INLINE void add_weighted(const Real* weights, int count, const T* from, int64_t step, int dim, Real* to) {

@@ -115,6 +115,44 @@ NATTEN_INLINE void add_key_row(RowPair<Real, kVectors>& acc, int first, int last
   }
 }
 
+// --- gradients of two neighbouring keys: kVectors * kLanes channels of dK or dV --------------------------------------------
+
+template <class Real, int kVectors>
+using KeyPair = Vec<Real>[2][kVectors];
+
+/// Adds one query to the left (kWho & 1) and the right key (kWho & 2). weight[0] is the query's weight of the left key; the
+/// right key stands one slot further.
+template <class Real, int kWho, int kVectors>
+NATTEN_INLINE void add_query(KeyPair<Real, kVectors>& acc, const Real* weight, const Real* token) {
+  Vec<Real> t[kVectors];
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; ++i) t[i] = load<Vec<Real>>(token + i * kLanes<Real>);
+  if constexpr (kWho & 1) {
+    const Vec<Real> p = broadcast<Vec<Real>>(weight[0]);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) acc[0][i] += p * t[i];
+  }
+  if constexpr (kWho & 2) {
+    const Vec<Real> p = broadcast<Vec<Real>>(weight[kLanes<Real>]);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) acc[1][i] += p * t[i];
+  }
+}
+
+/// Adds one query row of a block to key columns `column` and `column` + 1 (0 is the key of lane 0 and slot 0). A query in
+/// lane l sees column c in slot c - l. weights: [slot][lane]; tokens: [lane][channel], `width` apart.
+template <class Real, int kVectors>
+NATTEN_INLINE void add_query_row(KeyPair<Real, kVectors>& acc, const Real* weights, const Real* tokens, int64_t width,
+                                 int column, int window, int lanes) {
+  const int only_left = column - window + 1, only_right = column + 1;  // lanes that see one of the two
+  const int begin = only_left + 1 > 0 ? only_left + 1 : 0, end = only_right < lanes ? only_right : lanes;
+  auto weight = [&](int lane) { return weights + int64_t{column - lane} * kLanes<Real> + lane; };
+  if (only_left >= 0 && only_left < lanes)
+    add_query<Real, 1, kVectors>(acc, weight(only_left), tokens + only_left * width);
+  for (int lane = begin; lane < end; ++lane) add_query<Real, 3, kVectors>(acc, weight(lane), tokens + lane * width);
+  if (only_right < lanes) add_query<Real, 2, kVectors>(acc, weight(only_right), tokens + only_right * width);
+}
+
 /// Calls f(vector offset, integral_constant of the count) until `vectors` are covered in the largest legal steps.
 template <class F>
 NATTEN_INLINE void for_each_vector_block(int vectors, F&& f) {

@@ -34,17 +34,18 @@ class Arena {
   int64_t used_ = 0;
 };
 
-/// The tokens of one sample, head and dilation residue, by their positions in the groups.
+/// The tokens of one sample, head and dilation residue, by their positions in the groups. Null where a tensor is absent.
 template <class T>
 struct Tokens {
   T* first;
   int64_t step_z, step_y, step_x;
+  explicit operator bool() const { return first != nullptr; }
   T* at(int z, int y, int x) const { return first + z * step_z + y * step_y + x * step_x; }
 };
 
 template <class T>
 NATTEN_INLINE Tokens<T> tokens(const Problem& p, const TensorView& t, int64_t batch, int head, Int3 residue) {
-  return {pointer<T>(t) + offset(t, batch, residue, head), t.strides[1] * p.axes[0].dilation,
+  return {t ? pointer<T>(t) + offset(t, batch, residue, head) : nullptr, t.strides[1] * p.axes[0].dilation,
           t.strides[2] * p.axes[1].dilation, t.strides[3] * p.axes[2].dilation};
 }
 
@@ -282,6 +283,24 @@ NATTEN_INLINE void apply_rules(const ScoreRules<Real>& rules, const RowGroup& gr
     for (int r = row.first; r < row.last; ++r)
       apply_rules(rules, scores.at(r, row.window_row[r]), columns, x, row.z - group.z, row.y - group.y - r);
   }
+}
+
+/// Stores the accumulators of two neighbouring queries of each row, times factor(row, query).
+template <class Real, int kVectors, class T, class Factor>
+NATTEN_INLINE void store_pairs(const RowPair<Real, kVectors>& acc, const Tokens<T>& to, const RowGroup& group, int x,
+                               int lane, int count, int channel, int channels, Factor&& factor) {
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      if (r >= group.count || lane + i >= count) continue;
+      T* token = to.at(group.z, group.y + r, x + lane + i) + channel;
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n) {
+        const int rest = channels - channel - n * kLanes<Real>;
+        store_up_to<Real>(token + n * kLanes<Real>, acc[r][i][n] * factor(r, i), rest < kLanes<Real> ? rest : kLanes<Real>);
+      }
+    }
 }
 
 }  // namespace natten::cpu::NATTEN_ISA

@@ -136,18 +136,8 @@ void ForwardItem<T, Real>::values(const RowGroup& group, const Scores<Real>& sco
     const Real* from = scratch.values + row.slot * l.natural_size(l.dim_v) + (x - item.x.begin + lane) * l.dim_v + channel;
     add_key_row<Real, kVectors>(acc, row.first, row.last, weights, from, l.dim_v, x_axis.window);
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      if (r >= group.count || lane + i >= count) continue;
-      T* to = out.at(group.z, group.y + r, x + lane + i) + channel;
-#pragma GCC unroll 4
-      for (int n = 0; n < kVectors; ++n) {
-        const int rest = p.head_dim_v - channel - n * kLanes<Real>;
-        store_up_to<Real>(to + n * kLanes<Real>, acc[r][i][n] * inverse[r][lane + i], rest < kLanes<Real> ? rest : kLanes<Real>);
-      }
-    }
+  store_pairs<Real, kVectors>(acc, out, group, x, lane, count, channel, p.head_dim_v,
+                              [&](int r, int i) { return inverse[r][lane + i]; });
 }
 
 template <class T, class Real>

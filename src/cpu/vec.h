@@ -190,6 +190,14 @@ NATTEN_INLINE void store_up_to(T* p, Vec<Real> v, int lanes) {
     store_first<Real>(p, v, lanes);
 }
 
+/// <a, b>; `a` is padded with zeros to whole vectors.
+template <class Real, class T>
+NATTEN_INLINE Real dot(const Real* a, const T* b, int dim) {
+  Vec<Real> sum = {};
+  for_each_vector<Real>(dim, [&](int d, int lanes) { sum += load<Vec<Real>>(a + d) * load_up_to<Real>(b + d, lanes); });
+  return sum_lanes(sum);
+}
+
 // --- transposition ---------------------------------------------------------------------------------------------------------
 
 /// Swaps, between two rows, the lanes that differ in bit kBit of row and lane number:
