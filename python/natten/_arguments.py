@@ -17,7 +17,7 @@ def _is_sequence(value) -> bool:
         return False
     if isinstance(value, list | tuple):  # torch.Size is a tuple
         return True
-    if isinstance(value, str | torch.Tensor) or getattr(value, "ndim", 1) == 0:  # numpy's numbers have ndim 0
+    if isinstance(value, str | bytes | torch.Tensor) or getattr(value, "ndim", 1) == 0:  # numpy's numbers have ndim 0
         return False
     return hasattr(value, "__getitem__") and hasattr(value, "__len__")
 

@@ -36,7 +36,8 @@ def _load(path: Path) -> str:
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        return f"{path} does not load ({str(error).strip().splitlines()[0]})"
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        return f"{path} does not load ({cause})"
     return ""
 
 
@@ -48,6 +49,13 @@ HAS_LIBNATTEN = not REASON
 def refuse(*args, **kwargs):
     """Stands in for every op when there is no library."""
     raise RuntimeError(f"natten's native library is not loaded: {REASON}; {_HOW_TO_BUILD}")
+
+
+def _op(name: str):
+    return getattr(getattr(torch.ops, NAMESPACE), name).default if HAS_LIBNATTEN else refuse
+
+
+NA_FWD, NA_BWD, KEY_SPANS = _op("na_fwd"), _op("na_bwd"), _op("key_spans")
 
 
 @functools.cache

@@ -11,9 +11,9 @@ options (window, stride, dilation, causal, scale, oversize, plan).
 
 import torch
 
-from . import _library
 from ._batching import fold_rule
 from ._errors import translated
+from ._library import HAS_LIBNATTEN, KEY_SPANS, NA_BWD, NA_FWD, NAMESPACE
 from ._registration import register
 from ._second_order import hvp, jvp
 
@@ -104,18 +104,14 @@ def _fake_key_spans(extent, window, stride, dilation, causal):
     return torch.empty(extent, 2, dtype=torch.int64)
 
 
-if _library.HAS_LIBNATTEN:
-    _namespace = getattr(torch.ops, _library.NAMESPACE)
-    NA_FWD, NA_BWD = _namespace.na_fwd.default, _namespace.na_bwd.default
+if HAS_LIBNATTEN:
     torch.library.register_fake(NA_FWD)(_fake_fwd)
     torch.library.register_fake(NA_BWD)(_fake_bwd)
-    torch.library.register_fake(_namespace.key_spans.default)(_fake_key_spans)
+    torch.library.register_fake(KEY_SPANS)(_fake_key_spans)
 
     # Head axes, for vmap: tensors have them last but one, lse and dlse last, a bias first.
     Forward.vmap = staticmethod(fold_rule(NA_FWD, 3, (-2, -2, -2, 0, -2, -2), (-2, -1)))
     Backward.vmap = staticmethod(fold_rule(NA_BWD, 5, (-2, -1, -2, -2, -2, 0, -2, -2, -2, -1), (-2, -2, -2, 0, -2, -2)))
-    _registrations = torch.library.Library(_library.NAMESPACE, "IMPL")  # NOTE: they die with this object
+    _registrations = torch.library.Library(NAMESPACE, "IMPL")  # NOTE: they die with this object
     register(_registrations, NA_FWD, Forward)
     register(_registrations, NA_BWD, Backward)
-else:
-    NA_FWD = NA_BWD = _library.refuse

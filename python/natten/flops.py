@@ -9,7 +9,6 @@ NOTE: not imported by the package: torch.utils.flop_counter imports triton, 0.3 
 
 import math
 
-import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _library
@@ -37,6 +36,5 @@ def na_bwd_flops(*args, out_shape=None, **kwargs) -> int:
 
 
 if _library.HAS_LIBNATTEN:
-    _namespace = getattr(torch.ops, _library.NAMESPACE)
-    register_flop_formula(_namespace.na_fwd)(na_fwd_flops)
-    register_flop_formula(_namespace.na_bwd)(na_bwd_flops)
+    register_flop_formula(_library.NA_FWD.overloadpacket)(na_fwd_flops)
+    register_flop_formula(_library.NA_BWD.overloadpacket)(na_bwd_flops)

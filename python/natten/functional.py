@@ -15,7 +15,8 @@ from torch.nn.functional import pad as _zero_pad
 from . import _arguments as args
 from . import _tuning, context
 from ._errors import translated
-from ._ops import NA_FWD, with_unit_last_stride
+from ._library import NA_FWD
+from ._ops import with_unit_last_stride
 from ._varlen import attend_nothing, attend_samples, sample_bounds
 from .merge import merge_attentions
 
