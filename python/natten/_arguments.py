@@ -81,10 +81,10 @@ def scale_or_default(scale, head_dim):
     """The factor of the logits; zero means zero."""
     if scale is None:
         return head_dim**-0.5 if head_dim > 0 else 1.0
+    if isinstance(scale, float | torch.SymFloat):
+        return scale
     if not isinstance(scale, bool | torch.Tensor | str) and hasattr(scale, "__float__"):
         return float(scale)
-    if isinstance(scale, torch.SymFloat):
-        return scale
     raise TypeError(f"scale must be a number or None, got {_shown(scale)}")
 
 

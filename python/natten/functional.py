@@ -21,6 +21,7 @@ from ._varlen import attend_nothing, attend_samples, sample_bounds
 from .merge import merge_attentions
 
 __all__ = ["attention", "merge_attentions", "na1d", "na2d", "na3d", "neighborhood_attention_generic"]
+_LAYOUT_CHECKED = ("na1d", "na2d", "na3d")  # not what the modules call: their layout is certain
 
 
 def _neighborhood(
@@ -60,7 +61,7 @@ def _neighborhood(
     stride, dilation = args.integers("stride", stride, rank), args.integers("dilation", dilation, rank)
     window = args.windows(kernel_size, extents, dilation)
     causal = args.booleans("is_causal", is_causal, rank)
-    if not torch.compiler.is_compiling():
+    if name in _LAYOUT_CHECKED and not torch.compiler.is_compiling():
         _check_layout(name, query, window)
     scale = args.scale_or_default(scale, query.shape[-1])
     mode = context.resolve_oversize(oversize)
@@ -169,7 +170,7 @@ def _autocast(query, *others):
     """Under torch.autocast all but float64 tensors in its dtype."""
     # NOTE: here and not at an Autocast dispatch key: three public calls, and Dynamo traces them.
     kind = query.device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # which it refuses to answer for meta
         return query, *others
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (query, *others))
