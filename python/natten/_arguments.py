@@ -2,12 +2,15 @@
 """The form of arguments: types, lengths, defaults. What values mean together (windows against extents, strides against
 windows, heads against key heads) is checked once, in the core.
 
-TypeError: a wrong type. ValueError: a wrong length or value. NotImplementedError: a tensor that no engine takes.
+WrongType: a wrong type. ValueError: a wrong length or value. NotImplementedError: a tensor that no engine takes.
 """
 
 import torch
 
+from ._errors import WrongType
+
 AXES = {1: ("x",), 2: ("y", "x"), 3: ("z", "y", "x")}  # as the core calls them, slowest first
+_INT64 = 2**63
 _BOOLEANS = ("bool", "bool_")  # Python's and numpy's
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -36,16 +39,18 @@ def _per_axis(name: str, value, rank: int, convert) -> list:
 
 def integer(name: str, value):
     if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
-        return value
+        if -_INT64 <= value < _INT64:
+            return value
+        raise ValueError(f"{name} {value} is out of range")
     # What else has an __index__ is an integer of numpy. A tensor has one too, but would synchronise with its device.
     if isinstance(value, bool | torch.Tensor) or type(value).__name__ in _BOOLEANS or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer or a sequence of integers, got {_shown(value)}")
+        raise WrongType(f"{name} must be an integer or a sequence of integers, got {_shown(value)}")
     return int(value)  # and not operator.index, which Dynamo cannot follow
 
 
 def _boolean(name: str, value) -> bool:
     if not isinstance(value, bool) and type(value).__name__ not in _BOOLEANS:
-        raise TypeError(f"{name} must be a bool or a sequence of bools, got {_shown(value)}")
+        raise WrongType(f"{name} must be a bool or a sequence of bools, got {_shown(value)}")
     return bool(value)
 
 
@@ -64,7 +69,7 @@ def booleans(name: str, value, rank: int) -> list[bool]:
     return [False] * rank if value is None else _per_axis(name, value, rank, _boolean)
 
 
-def windows(kernel_size, extents, dilation: list) -> list:
+def windows(kernel_size, extents, dilation: list, oversize: str = "clamp") -> list:
     """The window of every axis; -1 is the whole axis, that is all of the longest group if it is dilated."""
     rank, window = len(extents), _per_axis("kernel_size", kernel_size, len(extents), integer)
     for i in range(rank):
@@ -73,6 +78,10 @@ def windows(kernel_size, extents, dilation: list) -> list:
         elif window[i] < 1:
             raise ValueError(
                 f"kernel_size is {window[i]} on axis {AXES[rank][i]}: give at least 1, or -1 for the whole axis"
+            )
+        elif window[i] == 1 and oversize == "error":  # the strict mode is that of the original
+            raise ValueError(
+                f"kernel_size is 1 on axis {AXES[rank][i]}: oversize='error' wants at least 2, drop it to use 1"
             )
     return window
 
@@ -85,19 +94,19 @@ def scale_or_default(scale, head_dim):
         return scale
     if not isinstance(scale, bool | torch.Tensor | str) and hasattr(scale, "__float__"):
         return float(scale)
-    raise TypeError(f"scale must be a number or None, got {_shown(scale)}")
+    raise WrongType(f"scale must be a number or None, got {_shown(scale)}")
 
 
 def flag(name: str, value) -> bool:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {_shown(value)}")
+        raise WrongType(f"{name} must be a bool, got {_shown(value)}")
     return value
 
 
 def dense_tensor(name: str, x, function: str, axes: tuple[str, ...]) -> None:
     """Demands a dense tensor of the element types that engines know, with the axes named."""
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{function} expects {name} to be a torch.Tensor, got {_shown(x)}")
+        raise WrongType(f"{function} expects {name} to be a torch.Tensor, got {_shown(x)}")
     if x.is_nested or x.layout != torch.strided:
         kind = "nested" if x.is_nested else "sparse"
         raise NotImplementedError(f"{function} takes dense tensors, but {name} is {kind}: convert it first")

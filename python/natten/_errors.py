@@ -11,6 +11,11 @@ _TAGGED = re.compile(r"natten\[(invalid_argument|unsupported|cuda)\] ([^\n]*)")
 _CLASSES = {"invalid_argument": ValueError, "unsupported": NotImplementedError, "cuda": RuntimeError}
 
 
+class WrongType(TypeError, ValueError):
+    """An argument of a wrong type: TypeError as everywhere in Python, and ValueError because clients of the original,
+    which raises that, may catch it."""
+
+
 def translated(error: Exception, device: str, backend: str | None = None) -> Exception:
     """The exception to raise for one that an op raised; `error` itself if it is not ours.
 

@@ -74,9 +74,14 @@ def _c_functions() -> ctypes.CDLL:
     return library
 
 
+def _cut(number) -> int:
+    """Into the range of a C int, whose ends the core refuses: a huge number must not come back as a small one."""
+    return max(-(2**31), min(int(number), 2**31 - 1))
+
+
 def _axes(extent, window, stride, dilation, causal):
     rank = len(extent)
-    sizes = [(ctypes.c_int64 * rank)(*(int(x) for x in xs)) for xs in (extent, window, stride, dilation)]
+    sizes = [(ctypes.c_int64 * rank)(*(_cut(x) for x in xs)) for xs in (extent, window, stride, dilation)]
     return rank, *sizes, (ctypes.c_int32 * rank)(*(int(x) for x in causal))
 
 
@@ -98,5 +103,5 @@ def plans(backward: bool, dtype: torch.dtype, geometry: tuple, numbers: tuple) -
     """
     if dtype not in _DTYPES:
         raise NotImplementedError(f"natten has no engine for {dtype}: use one of {', '.join(_DTYPES.values())}")
-    arguments = int(backward), _DTYPES[dtype].encode(), *_axes(*geometry), *(int(x) for x in numbers)
+    arguments = int(backward), _DTYPES[dtype].encode(), *_axes(*geometry), *(_cut(x) for x in numbers)
     return json.loads(_c_functions().natten_list_plans(*arguments))

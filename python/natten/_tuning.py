@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from ._arguments import flag, integers
+from ._errors import WrongType
 
 _SCHEDULES = ("non", "coop", "pp")
 _ORIGINAL = tuple(
@@ -43,7 +44,7 @@ def _attention_kwargs(name, value, rank):
     if value is None:
         return
     if not isinstance(value, Mapping):
-        raise TypeError(f"{name} must be a dict or None, got {type(value).__name__}")
+        raise WrongType(f"{name} must be a dict or None, got {type(value).__name__}")
     for key in value:
         if key != "backend" and key not in DENSE_TUNING:
             raise ValueError(f"{name} has the key {key!r}: only the tuning arguments of natten.attention belong there")
@@ -101,7 +102,7 @@ def with_signature_of(implementation):
 
 def check_backend_name(backend) -> None:
     if not isinstance(backend, str):
-        raise TypeError(f"backend must be a string or None, got {type(backend).__name__}")
+        raise WrongType(f"backend must be a string or None, got {type(backend).__name__}")
     if backend not in _ORIGINAL and backend not in _OWN:
         names = ", ".join(map(repr, _OWN + _ORIGINAL))
         raise ValueError(f"backend {backend!r} is unknown: give one of {names}, or None for the best one")
@@ -114,7 +115,7 @@ def plan_of(backend, plan, device: torch.device) -> str:
     plan or a prefix of one, see `natten.list_plans`.
     """
     if plan is not None and not isinstance(plan, str):
-        raise TypeError(f"plan must be a string or None, got {type(plan).__name__}")
+        raise WrongType(f"plan must be a string or None, got {type(plan).__name__}")
     if backend is None:
         return plan or ""
     check_backend_name(backend)

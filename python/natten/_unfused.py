@@ -35,7 +35,7 @@ def attention_with_dropout(
     extents = query.shape[1:-2]
     rank = len(extents)
     stride, dilation = integers("stride", stride, rank), integers("dilation", dilation, rank)
-    window, causal = windows(kernel_size, extents, dilation), booleans("is_causal", is_causal, rank)
+    window, causal = windows(kernel_size, extents, dilation, oversize), booleans("is_causal", is_causal, rank)
     for axis, n, w, d in zip(AXES[rank], extents, window, dilation, strict=True):
         if oversize == "error" and w * d > n:
             raise ValueError(

@@ -5,6 +5,8 @@ import itertools
 
 import torch
 
+from ._errors import WrongType
+
 
 def sample_bounds(query, key, seqlens_q, seqlens_kv, cumulative_q, cumulative_kv, max_q, max_kv):
     """(bounds of the samples in `query`, in `key`), lists that begin with 0; None if no argument asks for samples."""
@@ -46,7 +48,7 @@ def sample_bounds(query, key, seqlens_q, seqlens_kv, cumulative_q, cumulative_kv
 def _integers(name: str, given) -> list[int]:
     values = given.tolist() if isinstance(given, torch.Tensor) else given
     if not isinstance(values, list | tuple) or not all(type(x) is int for x in values):
-        raise TypeError(f"{name} must be a 1-D integer tensor or a list of integers")
+        raise WrongType(f"{name} must be a 1-D integer tensor or a list of integers")
     return list(values)
 
 
@@ -61,7 +63,7 @@ def _check_bounds(name: str, bounds: list[int], tokens: int) -> None:
 
 def _check_longest(name: str, longest, bounds: list[int]) -> None:
     if type(longest) is not int:
-        raise TypeError(f"{name} must be an int, got {type(longest).__name__}")
+        raise WrongType(f"{name} must be an int, got {type(longest).__name__}")
     needed = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
     if longest < needed:
         raise ValueError(f"{name} is {longest}, but the longest sample has {needed} tokens")

@@ -14,7 +14,7 @@ from torch.nn.functional import pad as _zero_pad
 
 from . import _arguments as args
 from . import _tuning, context
-from ._errors import translated
+from ._errors import WrongType, translated
 from ._library import NA_FWD
 from ._ops import with_unit_last_stride
 from ._varlen import attend_nothing, attend_samples, sample_bounds
@@ -59,12 +59,12 @@ def _neighborhood(
     )
     extents = query.shape[1:-2]
     stride, dilation = args.integers("stride", stride, rank), args.integers("dilation", dilation, rank)
-    window = args.windows(kernel_size, extents, dilation)
+    mode = context.resolve_oversize(oversize)
+    window = args.windows(kernel_size, extents, dilation, mode)
     causal = args.booleans("is_causal", is_causal, rank)
     if name in _LAYOUT_CHECKED and not torch.compiler.is_compiling():
         _check_layout(name, query, window)
     scale = args.scale_or_default(scale, query.shape[-1])
-    mode = context.resolve_oversize(oversize)
     if mode == "pad":
         query, key, value = _padded(extents, window, dilation, query, key, value)
     plan = _tuning.plan_of(backend, plan, query.device)
@@ -107,13 +107,13 @@ def neighborhood_attention_generic(query, key, value, kernel_size, *too_many, **
         and with `return_lse` also [batch, *grid, heads], float32 (float64 for float64).
 
     Raises:
-        TypeError: wrong types, more than four positional arguments.
+        TypeError: wrong types (these are ValueErrors too), more than four positional arguments.
         ValueError: wrong lengths, sizes or values, mixed dtypes or devices, a `backend` that cannot run.
         NotImplementedError: sparse or nested tensors; a dtype or device without an engine.
     """
     name = "neighborhood_attention_generic"
     if not isinstance(query, torch.Tensor):
-        raise TypeError(f"{name} expects query to be a torch.Tensor, got {type(query).__name__}")
+        raise WrongType(f"{name} expects query to be a torch.Tensor, got {type(query).__name__}")
     rank = query.dim() - 3
     if rank not in args.AXES:
         raise ValueError(

@@ -3,6 +3,8 @@
 
 import torch
 
+from ._errors import WrongType
+
 
 def merge_attentions(outputs, lse_tensors, torch_compile=True, use_autograd_fix=True):
     """The attention over the union of the branches' keys.
@@ -44,7 +46,7 @@ def merge_attentions(outputs, lse_tensors, torch_compile=True, use_autograd_fix=
 def _check(outputs, lse_tensors) -> None:
     for name, xs in (("outputs", outputs), ("lse_tensors", lse_tensors)):
         if not isinstance(xs, list | tuple) or not all(isinstance(x, torch.Tensor) for x in xs):
-            raise TypeError(f"merge_attentions expects {name} as a list of tensors")
+            raise WrongType(f"merge_attentions expects {name} as a list of tensors")
     if len(outputs) < 2:
         raise ValueError(f"merge_attentions needs at least 2 outputs, got {len(outputs)}")
     if len(outputs) != len(lse_tensors):
