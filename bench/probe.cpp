@@ -11,10 +11,15 @@
 
 namespace {
 
+template <int kBytes>
+struct Vector {
+  typedef float type __attribute__((vector_size(kBytes)));
+};
+
 // Twelve independent chains of FMAs in registers; returns flops done.
 template <int kBytes>
 __attribute__((always_inline)) inline double fma_chains(int64_t steps, float* sink) {
-  typedef float V __attribute__((vector_size(kBytes)));
+  using V = typename Vector<kBytes>::type;
   constexpr int kChains = 12;
   V acc[kChains];
   for (int i = 0; i < kChains; ++i) acc[i] = V{} + float(i);

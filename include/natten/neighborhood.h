@@ -13,10 +13,12 @@
 #pragma once
 #include <cstdint>
 
+// Always inlined: the CPU engine compiles this file for several instruction sets, and the linker keeps only one copy of
+// an inline function that was not inlined.
 #if defined(__CUDACC__)
-#define NATTEN_HD __host__ __device__
+#define NATTEN_HD __host__ __device__ __forceinline__
 #else
-#define NATTEN_HD
+#define NATTEN_HD __attribute__((always_inline)) inline
 #endif
 
 namespace natten {

@@ -37,8 +37,8 @@ PlanList list_plans(const Problem& problem, Pass pass, DeviceKind device);
 
 /// The best plan or, if `wanted` is not empty, the best one whose string is `wanted` or continues it with a '/' or '-':
 /// "cpu", "cpu/loops", "cpu/sliding-avx2" and the full string all work.
-/// Throws Error(unsupported) with every engine's first unmet requirement if nothing fits, Error(invalid_argument) if
-/// `wanted` names no engine.
+/// Throws Error with every engine's first unmet requirement if nothing fits: of kind invalid_argument if `wanted` was
+/// given, unsupported otherwise.
 Plan choose_plan(const Problem& problem, Pass pass, DeviceKind device, std::string_view wanted = {});
 
 }  // namespace natten

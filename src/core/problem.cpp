@@ -2,6 +2,8 @@
 // The one place where a problem is checked. A message names the axis, the numbers and the remedy.
 #include "natten/problem.h"
 
+#include <algorithm>
+#include <cmath>
 #include <limits>
 #include <string>
 
@@ -10,8 +12,11 @@
 namespace natten {
 namespace {
 
-// Sums of a few extents and windows must fit in an int.
+// Sums of a few extents and windows must fit in an int, and so must products of head_dim and a few.
 constexpr int kMaxExtent = 1 << 28;
+constexpr int kMaxHeads = 1 << 20;
+// Elements of a tensor and query-key pairs of a problem must be countable with room to spare.
+constexpr double kMaxCount = double(std::numeric_limits<int64_t>::max()) / 16;
 
 [[noreturn]] void fail(const std::string& sentence) { throw Error(ErrorKind::invalid_argument, sentence); }
 
@@ -33,28 +38,44 @@ void validate_axis(const Axis& a, const std::string& axis, bool oversize) {
          " there: choose a smaller kernel_size or dilation, or drop oversize='error'");
 }
 
+void validate_count(double count, const char* what) {
+  if (count > kMaxCount) fail(std::string(what) + " of this size cannot be counted in 64 bits: use a smaller batch, grid or kernel_size");
+}
+
+void validate_counts(const Problem& p) {
+  const double batch = double(std::max<int64_t>(p.batch, 1)), width = double(p.heads) * std::max(p.head_dim, p.head_dim_v);
+  double tokens = 1, pairs = 1, bias = p.heads;
+  for (const Axis& a : p.axes) {
+    tokens *= std::max(a.extent, 1);
+    pairs *= double(std::max(a.extent, 1)) * std::max(std::min(a.window, a.extent), 1);
+    bias *= 2.0 * std::max(a.window, 1);
+  }
+  validate_count(batch * tokens * width, "a tensor");
+  validate_count(batch * p.extra_keys * width, "a tensor of additional keys");
+  validate_count(pairs + tokens * p.extra_keys, "the query-key pairs of a problem");
+  if (p.has_bias) validate_count(bias, "a relative position bias");
+}
+
 }  // namespace
 
 void validate(const Problem& p) {
   if (p.batch < 0) fail("batch " + str(p.batch) + " must not be negative");
-  if (p.heads < 1 || p.heads_kv < 1)
-    fail("heads " + str(p.heads) + " and key/value heads " + str(p.heads_kv) + " must be at least 1");
+  if (p.heads < 1 || p.heads_kv < 1 || p.heads > kMaxHeads)
+    fail("heads " + str(p.heads) + " and key/value heads " + str(p.heads_kv) + " must be at least 1 and at most " + str(kMaxHeads));
   if (p.heads % p.heads_kv != 0)
     fail("heads " + str(p.heads) + " must be a multiple of key/value heads " + str(p.heads_kv) +
          ": repeat or drop key/value heads");
-  if (p.head_dim < 1 || p.head_dim_v < 1)
-    fail("head_dim " + str(p.head_dim) + " and the values' head_dim " + str(p.head_dim_v) + " must be at least 1");
+  if (p.head_dim < 1 || p.head_dim_v < 1 || p.head_dim > kMaxHeads || p.head_dim_v > kMaxHeads)
+    fail("head_dim " + str(p.head_dim) + " and the values' head_dim " + str(p.head_dim_v) +
+         " must be at least 1 and at most " + str(kMaxHeads));
   if (p.extra_keys < 0 || p.extra_keys > kMaxExtent)
     fail("additional keys must number 0 to " + str(kMaxExtent) + ", not " + str(p.extra_keys));
+  if (!std::isfinite(p.scale)) fail("scale " + std::to_string(p.scale) + " must be a finite number");
   const char* names[3] = {"z (first of three)", "y (second to last)", "x (last)"};
   for (int i = 0; i < 3; ++i) validate_axis(p.axes[i], names[i], p.oversize);
   if (!p.has_window() && p.extra_keys == 0) fail("kernel_size 0 leaves no keys: give additional keys or a kernel_size");
   if (!p.has_window() && p.has_bias) fail("kernel_size 0 has no relative positions: drop the bias or give a kernel_size");
-  double elements = double(p.batch) * p.heads;
-  for (const Axis& a : p.axes) elements *= a.extent;
-  elements *= p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
-  if (elements > double(std::numeric_limits<int64_t>::max()) / 16)
-    fail("a tensor of " + std::to_string(elements) + " elements cannot be addressed: use a smaller batch or grid");
+  validate_counts(p);
 }
 
 int64_t num_pairs(const Problem& p) {

@@ -10,7 +10,6 @@
 namespace natten::cpu::NATTEN_ISA {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr int kChunks = 32;  // tasks per head; fixed, so that sums over tasks have a fixed order
 
 // A token's place on one axis.

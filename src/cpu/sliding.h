@@ -53,16 +53,20 @@ NATTEN_INLINE Tokens<T> tokens(const Problem& p, const TensorView& t, int64_t ba
 struct Columns {
   int begin, count, window, left, extent;
   bool causal;
+  int* sources;  ///< [count + 1 rounded up]: the position whose key stands in a column, or -1 if none does
 
-  static NATTEN_INLINE Columns of(const Axis& x, Span strip) {
+  static int capacity(int count) { return count + 1 + 64; }
+  static NATTEN_INLINE Columns of(const Axis& x, Span strip, int* sources) {
     const int left = x.causal ? x.window - 1 : x.window / 2;
-    return {strip.begin - left, strip.size() + x.window - 1, x.window, left, x.extent, x.causal};
-  }
-  /// The position whose key stands in column i of the strip, or -1 if none does.
-  NATTEN_INLINE int source(int i) const {
-    const int c = begin + i;
-    if (i >= count || (c < 0 && causal)) return -1;
-    return c < 0 ? c + window : c >= extent ? c - window : c;
+    const Columns c{strip.begin - left, strip.size() + x.window - 1, x.window, left, x.extent, x.causal, sources};
+    for (int i = 0; i < capacity(c.count); ++i) {
+      const int position = c.begin + i;
+      sources[i] = i >= c.count || (position < 0 && c.causal) ? -1
+                   : position < 0                             ? position + c.window
+                   : position >= c.extent                     ? position - c.window
+                                                              : position;
+    }
+    return c;
   }
 };
 
@@ -93,7 +97,7 @@ void pack_transposed(const Tokens<const T>& from, int z, int y, const Columns& c
   for (int i = 0; i < columns.count; i += kLanes<Real>) {
     const T* rows[kLanes<Real>];
     for (int l = 0; l < kLanes<Real>; ++l) {
-      const int source = columns.source(i + l);
+      const int source = columns.sources[i + l];
       rows[l] = source < 0 ? zeros : row + source * from.step_x;
     }
     pack_transposed_block<Real>(rows, channels, to + i, pitch);
@@ -111,7 +115,7 @@ void pack_rows(const Tokens<const T>& from, int z, int y, const Columns& columns
                int64_t width) {
   const T* row = from.at(z, y, 0);
   for (int i = 0; i <= columns.count; ++i) {
-    const int source = columns.source(i);
+    const int source = columns.sources[i];
     pack_token<Real>(source < 0 ? zeros : row + source * from.step_x, channels, to + i * width);
   }
 }
@@ -209,14 +213,17 @@ struct Scores {
   }
 };
 
-/// `keys(row)` is the transposed key row at the column of lane 0 and slot 0; `queries` [row][channel][lane].
-template <class V, class Real, class Keys>
-NATTEN_INLINE void compute_scores_wide(const RowGroup& group, const Scores<Real>& scores, const Real* queries, int channels,
-                                  int64_t query_stride, int64_t pitch, Keys&& keys) {
+/// `keys(row)` is the transposed key row at the column of lane 0 and slot 0; `queries` [row][channel][lane]. Asks
+/// `prefetch(i, n)`, for i = 0 .. n - 1, to fetch what is needed later: here the loads of the kernel all hit.
+template <class V, class Real, class Keys, class Prefetch>
+NATTEN_INLINE void compute_scores_wide(const RowGroup& group, const Scores<Real>& scores, const Real* queries,
+                                       int channels, int64_t query_stride, int64_t pitch, Keys&& keys,
+                                       Prefetch&& prefetch) {
   const int chunks = (scores.window + kMaxSlots - 1) / kMaxSlots;
   for (int i = 0; i < group.num_key_rows; ++i) {
     const KeyRow& row = group.key_rows[i];
     const Real* kt = keys(row);
+    prefetch(i, group.num_key_rows);
     for (int chunk = 0, slot = 0; chunk < chunks; ++chunk) {
       const int slots = (scores.window - slot + chunks - chunk - 1) / (chunks - chunk);
       Real* to[kRows];
@@ -229,13 +236,21 @@ NATTEN_INLINE void compute_scores_wide(const RowGroup& group, const Scores<Real>
 }
 
 /// A block of few queries takes vectors of half the width, where those cost half the time.
-template <class Real, class Keys>
+template <class Real, class Keys, class Prefetch>
 NATTEN_INLINE void compute_scores(const RowGroup& group, const Scores<Real>& scores, const Real* queries, int channels,
-                                  int64_t query_stride, int64_t pitch, int count, Keys&& keys) {
+                                  int64_t query_stride, int64_t pitch, int count, Keys&& keys, Prefetch&& prefetch) {
   if constexpr (kVectorBytes == 64)
     if (count * 2 <= kLanes<Real>)
-      return compute_scores_wide<HalfVec<Real>>(group, scores, queries, channels, query_stride, pitch, keys);
-  compute_scores_wide<Vec<Real>>(group, scores, queries, channels, query_stride, pitch, keys);
+      return compute_scores_wide<HalfVec<Real>>(group, scores, queries, channels, query_stride, pitch, keys, prefetch);
+  compute_scores_wide<Vec<Real>>(group, scores, queries, channels, query_stride, pitch, keys, prefetch);
+}
+
+/// Fetches `channels` elements of columns [begin, end) of kRows rows from `y` on, as far as the axis goes.
+template <int kWrite, class T>
+NATTEN_INLINE void prefetch_rows(const Tokens<T>& t, int z, int y, int rows, int begin, int end, int channels) {
+  for (int r = 0; r < kRows && y + r < rows; ++r)
+    for (int x = begin; x < end; ++x)
+      for (int d = 0; d < channels; d += 64 / int(sizeof(T))) __builtin_prefetch(t.at(z, y + r, x) + d, kWrite, 2);
 }
 
 /// The relative position bias of one head, times log2(e), and the border: what changes scores before the softmax.

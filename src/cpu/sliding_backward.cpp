@@ -9,8 +9,6 @@
 namespace natten::cpu::NATTEN_ISA {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;
-
 /// What threads share: sums of dk and dv, if the tensors themselves cannot hold them, and one dbias per item and head.
 template <class T, class Real>
 struct Shared {
@@ -40,6 +38,7 @@ struct BackwardScratch {
   T* zeros;
   Real *bias, *dbias;  // [entries of one head], [entry][lane]
   int64_t* owners;
+  int* sources;
   KeyRow* key_rows;
   Real *queries, *douts;            // [kRows][channel][lane]
   Real *query_rows, *dout_rows;     // [kRows][lane][channel]
@@ -54,6 +53,7 @@ struct BackwardScratch {
     bias = arena.take<Real>(l.bias_size);
     dbias = arena.take<Real>(l.bias_size * kLanes<Real>);
     owners = arena.take<int64_t>(slots);
+    sources = arena.take<int>(Columns::capacity(l.schedule.columns()));
     key_rows = arena.take<KeyRow>(l.schedule.group_rows());
     queries = arena.take<Real>(kRows * l.dim * kLanes<Real>);
     douts = arena.take<Real>(kRows * l.dim_v * kLanes<Real>);
@@ -138,7 +138,7 @@ void BackwardItem<T, Real>::add_to(const Tokens<Real>& sum, const Real* row, int
                                    Real factor) {
   if (!sum) return;
   for (int i = 0; i < columns.count; ++i, row += width) {
-    const int source = columns.source(i);
+    const int source = columns.sources[i];
     if (source < 0) continue;
     Real* to = sum.at(z, y, source);
     for_each_vector<Real>(channels, [&](int d, int lanes) {
@@ -167,10 +167,26 @@ void BackwardItem<T, Real>::block(const RowGroup& group, int x, int count) {
   const Scores<Real> p_scores{scratch.p, l.score_stride, x_axis.window}, ds_scores{scratch.ds, l.score_stride, x_axis.window};
   const int64_t size = l.dim * kLanes<Real>, size_v = l.dim_v * kLanes<Real>;
   const int column = x - item.x.begin;
-  compute_scores<Real>(group, p_scores, scratch.queries, p.head_dim, size, l.pitch, count,
-                       [&](const KeyRow& row) { return scratch.keys + row.slot * l.transposed_size(l.dim) + column; });
-  compute_scores<Real>(group, ds_scores, scratch.douts, p.head_dim_v, size_v, l.pitch, count,
-                       [&](const KeyRow& row) { return scratch.values + row.slot * l.transposed_size(l.dim_v) + column; });
+  // See the forward pass: the next group's rows, and those that this one will write.
+  const KeyRow& last = group.key_rows[group.num_key_rows - 1];
+  auto prefetch_inputs = [&](int i, int n) {
+    const int begin = x + count * i / n, end = x + count * (i + 1) / n;
+    prefetch_rows<0>(k, last.z, last.y + 1, y_axis.extent, begin, end, p.head_dim);
+    prefetch_rows<0>(v, last.z, last.y + 1, y_axis.extent, begin, end, p.head_dim_v);
+    prefetch_rows<0>(q, group.z, group.y + kRows, item.y.end, begin, end, p.head_dim);
+  };
+  auto prefetch_others = [&](int i, int n) {
+    const int begin = x + count * i / n, end = x + count * (i + 1) / n;
+    prefetch_rows<0>(dout, group.z, group.y + kRows, item.y.end, begin, end, p.head_dim_v);
+    prefetch_rows<0>(out, group.z, group.y + kRows, item.y.end, begin, end, p.head_dim_v);
+    if (dq) prefetch_rows<1>(dq, group.z, group.y, item.y.end, begin, end, p.head_dim);
+  };
+  compute_scores<Real>(
+      group, p_scores, scratch.queries, p.head_dim, size, l.pitch, count,
+      [&](const KeyRow& row) { return scratch.keys + row.slot * l.transposed_size(l.dim) + column; }, prefetch_inputs);
+  compute_scores<Real>(
+      group, ds_scores, scratch.douts, p.head_dim_v, size_v, l.pitch, count,
+      [&](const KeyRow& row) { return scratch.values + row.slot * l.transposed_size(l.dim_v) + column; }, prefetch_others);
   apply_rules(rules, group, p_scores, columns, x);
   softmax(group, p_scores, ds_scores, x, count);
   if (l.bias_size > 0) bias_gradient(group, ds_scores, x, count);
@@ -299,7 +315,7 @@ void backward_item(const Problem& p, const BackwardArgs& args, const Layout<Real
     if (bias) pack_bias<T>(p, args.bias, head, Real(kLog2E), scratch.bias);
     auto of_q = [&](const TensorView& t) { return tokens<const T>(p, t, item.batch, head, item.residue); };
     auto of_k = [&](const TensorView& t) { return tokens<const T>(p, t, item.batch, item.head, item.residue); };
-    BackwardItem<T, Real>{p, l, scratch, item, z, y, x, Columns::of(x, item.x), of_q(args.q), of_k(args.k), of_k(args.v),
+    BackwardItem<T, Real>{p, l, scratch, item, z, y, x, Columns::of(x, item.x, scratch.sources), of_q(args.q), of_k(args.k), of_k(args.v),
                           of_q(args.out), of_q(args.dout),
                           tokens<const Real>(p, args.lse, item.batch, head, item.residue),
                           tokens<const Real>(p, args.dlse, item.batch, head, item.residue),

@@ -7,14 +7,13 @@
 namespace natten::cpu::NATTEN_ISA {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
-
 /// Memory of one thread.
 template <class T, class Real>
 struct ForwardScratch {
   T* zeros;         // [max(head_dim, head_dim_v)]
   Real* bias;       // [entries of one head]
   int64_t* owners;  // [ring slots]
+  int* sources;     // see Columns
   KeyRow* key_rows;
   Real* queries;  // [kRows][channel][lane]
   Real* scores;   // [kRows][key row][slot][lane]
@@ -25,6 +24,7 @@ struct ForwardScratch {
     zeros = arena.take<T>(l.dim > l.dim_v ? l.dim : l.dim_v);
     bias = arena.take<Real>(l.bias_size);
     owners = arena.take<int64_t>(l.schedule.ring_slots());
+    sources = arena.take<int>(Columns::capacity(l.schedule.columns()));
     key_rows = arena.take<KeyRow>(l.schedule.group_rows());
     queries = arena.take<Real>(kRows * l.dim * kLanes<Real>);
     scores = arena.take<Real>(kRows * l.score_stride);
@@ -80,7 +80,16 @@ void ForwardItem<T, Real>::block(const RowGroup& group, int x, int count) {
   auto keys = [&](const KeyRow& row) {
     return scratch.keys + row.slot * l.transposed_size(l.dim) + x - item.x.begin;
   };
-  compute_scores<Real>(group, scores, scratch.queries, p.head_dim, query_stride, l.pitch, count, keys);
+  // While this group computes, the rows that the next one will pack, and those that this one will write, come closer.
+  const KeyRow& last = group.key_rows[group.num_key_rows - 1];
+  auto prefetch = [&](int i, int n) {
+    const int begin = x + count * i / n, end = x + count * (i + 1) / n;
+    prefetch_rows<0>(k, last.z, last.y + 1, y_axis.extent, begin, end, p.head_dim);
+    prefetch_rows<0>(v, last.z, last.y + 1, y_axis.extent, begin, end, p.head_dim_v);
+    prefetch_rows<0>(q, group.z, group.y + kRows, item.y.end, begin, end, p.head_dim);
+    prefetch_rows<1>(out, group.z, group.y, item.y.end, begin, end, p.head_dim_v);
+  };
+  compute_scores<Real>(group, scores, scratch.queries, p.head_dim, query_stride, l.pitch, count, keys, prefetch);
   apply_rules(rules, group, scores, columns, x);
   alignas(64) Real inverse[kRows][kLanes<Real>];
   softmax(group, scores, x, count, inverse);
@@ -119,8 +128,10 @@ void ForwardItem<T, Real>::softmax(const RowGroup& group, const Scores<Real>& sc
     }
     const V sum = sum0 + sum1;
     store(inverse[r], select(sum == Real(0), V{}, Real(1) / sum));
+    alignas(64) Real natural[kLanes<Real>];
+    store(natural, select(sum == Real(0), broadcast<V>(Real(-INFINITY)), m * Real(kLn2) + log<Real>(sum)));
     Real* to = lse.at(group.z, group.y + r, x);
-    for (int lane = 0; lane < count; ++lane) to[lane * lse.step_x] = Real(m[lane] * Real(kLn2) + std::log(sum[lane]));
+    for (int lane = 0; lane < count; ++lane) to[lane * lse.step_x] = natural[lane];
   }
 }
 
@@ -151,7 +162,7 @@ void forward_item(const Problem& p, const ForwardArgs& args, const Layout<Real>&
   const Real* bias = p.has_bias ? scratch.bias : nullptr;
   if (bias) pack_bias<T>(p, args.bias, item.head, Real(kLog2E), scratch.bias);
   clear(scratch.zeros, l.dim > l.dim_v ? l.dim : l.dim_v);
-  ForwardItem<T, Real>{p, l, scratch, item, z, y, x, Columns::of(x, item.x),
+  ForwardItem<T, Real>{p, l, scratch, item, z, y, x, Columns::of(x, item.x, scratch.sources),
                        tokens<const T>(p, args.q, item.batch, item.head, item.residue),
                        tokens<const T>(p, args.k, item.batch, head_kv, item.residue),
                        tokens<const T>(p, args.v, item.batch, head_kv, item.residue),

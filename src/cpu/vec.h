@@ -22,6 +22,7 @@ inline constexpr int kVectorBytes = 32;
 #else
 inline constexpr int kVectorBytes = 16;
 #endif
+inline constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 /// Vectors of any element type and lane count.
 template <class T, int kCount>
@@ -125,6 +126,26 @@ NATTEN_INLINE Vec<Real> exp2(Vec<Real> x) {
   Vec<Real> p = broadcast<Vec<Real>>(E::kCoefficients[0]);
   for (int i = 1; i < int(std::size(E::kCoefficients)); ++i) p = p * f + E::kCoefficients[i];
   return p * (Vec<Real>)((Bits)shifted << E::kMantissaBits);
+}
+
+// --- natural logarithm of finite x > 0 -----------------------------------------------------------------------------------
+// x = 2^n m with m in [1/sqrt 2, sqrt 2): ln m = 2 artanh(t), t = (m - 1) / (m + 1), |t| < 0.172, by its series.
+
+template <class Real>
+NATTEN_INLINE Vec<Real> log(Vec<Real> x) {
+  using E = Exp2<Real>;
+  using Int = typename E::Int;
+  using Bits = typename VectorType<Int, kLanes<Real>>::type;
+  constexpr Int kHalfRoot = std::is_same_v<Real, float> ? Int(0x3f3504f3) : Int(0x3fe6a09e667f3bcd);  // 1 / sqrt 2
+  constexpr Int kMantissa = (Int(1) << E::kMantissaBits) - 1;
+  const Bits shifted = (Bits)x - kHalfRoot;
+  const Vec<Real> n = __builtin_convertvector(shifted >> E::kMantissaBits, Vec<Real>);
+  const Vec<Real> m = (Vec<Real>)((shifted & kMantissa) + kHalfRoot);
+  const Vec<Real> t = (m - Real(1)) / (m + Real(1)), t2 = t * t;
+  constexpr int kTerms = std::is_same_v<Real, float> ? 6 : 12;
+  Vec<Real> series = broadcast<Vec<Real>>(Real(1) / (2 * kTerms - 1));
+  for (int i = kTerms - 1; i > 0; --i) series = series * t2 + Real(1) / (2 * i - 1);
+  return n * Real(kLn2) + (t + t) * series;
 }
 
 // --- elements in memory --------------------------------------------------------------------------------------------------
