@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Settings of the whole suite. No test skips: an engine that this CPU lacks is not listed, hence not parametrised over."""
+"""Settings of the whole suite. No test skips: an engine that this CPU lacks is not listed, so no test asks for it."""
 
 import hypothesis
 import pytest

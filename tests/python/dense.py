@@ -40,7 +40,7 @@ def axis_table(extent: int, window: int, stride: int, dilation: int, causal: boo
 
 
 def window_mask(grid, window, stride, dilation, causal):
-    """bool [tokens, tokens] for a grid of any rank, tokens in row-major order; the arguments hold one entry per axis."""
+    """bool [tokens, tokens] for a grid of any rank, tokens in row-major order; arguments hold one entry per axis."""
     mask = torch.ones(1, 1, dtype=torch.bool)
     for axis in zip(grid, window, stride, dilation, causal):
         sees, _ = axis_table(*axis)
@@ -50,7 +50,7 @@ def window_mask(grid, window, stride, dilation, causal):
 
 
 def bias_matrix(bias, grid, window, stride, dilation, causal):
-    """[heads, tokens, tokens] from a table [heads, 2 * window - 1 per axis]; entries outside the window mean nothing."""
+    """[heads, tokens, tokens] from a table [heads, 2 * window - 1 per axis]; entries outside windows mean nothing."""
     flat = torch.zeros(1, 1, dtype=torch.int64)
     for axis in zip(grid, window, stride, dilation, causal):
         _, offset = axis_table(*axis)
@@ -73,13 +73,13 @@ def softmax_and_lse(logits):
 
 
 def _to_heads(x, heads):
-    """[batch, *grid, heads_kv, dim] as [batch, heads, tokens, dim], key heads repeated for their group of query heads."""
+    """[batch, *grid, heads_kv, dim] as [batch, heads, tokens, dim], each key head repeated for its query heads."""
     x = x.flatten(1, -3).transpose(1, 2) if x.dim() > 4 else x.transpose(1, 2)
     return x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def attention(q, k, v, window, stride, dilation, causal, scale, bias=None, extra_k=None, extra_v=None, mask=None):
-    """Neighborhood attention in the dtype of its arguments: (out [batch, *grid, heads, dim_v], lse [batch, *grid, heads]).
+    """Neighborhood attention in the type of its arguments: out [batch, *grid, heads, dim_v], lse [batch, *grid, heads].
 
     All of `window`, `stride`, `dilation`, `causal` hold one entry per axis of the grid. `mask`, bool [tokens, tokens],
     takes the place of the window's mask where it is given.
@@ -102,7 +102,7 @@ def attention(q, k, v, window, stride, dilation, causal, scale, bias=None, extra
 
 
 def full_attention(q, k, v, scale, causal=False):
-    """Every query sees every key, or every key up to itself: q, k, v [batch, tokens, heads, dim], as `attention` returns."""
+    """Every query sees every key, or every key up to itself; q, k, v are [batch, tokens, heads, dim]."""
     heads = q.shape[-2]
     logits = _to_heads(q, heads) @ _to_heads(k, heads).transpose(-1, -2) * scale
     if causal:

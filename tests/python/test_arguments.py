@@ -59,8 +59,11 @@ def test_one_number_per_axis(form):
     assert torch.equal(na2d((5, 6), stride=form), na2d((5, 6), stride=(3, 5)))
 
 
-@pytest.mark.parametrize("form", [(True, False), [True, False], (np.bool_(True), np.bool_(False)), np.array([True, False]), Indexable(True, False)],
-                         ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize(
+    "form",
+    [(True, False), [True, False], (np.bool_(True), np.bool_(False)), np.array([True, False]), Indexable(True, False)],
+    ids=lambda x: type(x).__name__,
+)
 def test_causal_flags(form):
     expected = na2d(3, is_causal=(True, False))
     assert torch.equal(na2d(3, is_causal=form), expected)
@@ -103,14 +106,17 @@ def test_fifth_positional_argument(function, more):
 
 
 NEWEST_ERA = [
-    "query", "key", "value", "kernel_size", "stride", "dilation", "is_causal", "scale", "additional_keys", "additional_values",
-    "attention_kwargs", "backend", "q_tile_shape", "kv_tile_shape", "backward_q_tile_shape", "backward_kv_tile_shape",
-    "backward_kv_splits", "backward_use_pt_reduction", "run_persistent_kernel", "kernel_schedule", "torch_compile", "return_lse",
+    "query", "key", "value", "kernel_size", "stride", "dilation", "is_causal", "scale", "additional_keys",
+    "additional_values", "attention_kwargs", "backend", "q_tile_shape", "kv_tile_shape",
+    "backward_q_tile_shape", "backward_kv_tile_shape", "backward_kv_splits", "backward_use_pt_reduction",
+    "run_persistent_kernel", "kernel_schedule", "torch_compile", "return_lse",
 ]  # fmt: skip
 OURS = ["rpb", "plan", "oversize"]
 
 
-@pytest.mark.parametrize("function", [natten.na1d, natten.na2d, natten.na3d, neighborhood_attention_generic], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [natten.na1d, natten.na2d, natten.na3d, neighborhood_attention_generic], ids=lambda f: f.__name__
+)
 def test_complete_argument_list(function):
     parameters = inspect.signature(function).parameters
     assert set(NEWEST_ERA + OURS) <= set(parameters)
@@ -122,9 +128,10 @@ def test_complete_argument_list(function):
 def test_positional_order_of_attention_and_merge():
     names = list(inspect.signature(natten.attention).parameters)
     assert names[:22] == [
-        "query", "key", "value", "is_causal", "scale", "seqlens_Q", "seqlens_KV", "cumulative_seqlen_Q", "cumulative_seqlen_KV",
-        "max_seqlen_Q", "max_seqlen_KV", "backend", "q_tile_size", "kv_tile_size", "backward_q_tile_size", "backward_kv_tile_size",
-        "backward_kv_splits", "backward_use_pt_reduction", "run_persistent_kernel", "kernel_schedule", "torch_compile", "return_lse",
+        "query", "key", "value", "is_causal", "scale", "seqlens_Q", "seqlens_KV", "cumulative_seqlen_Q",
+        "cumulative_seqlen_KV", "max_seqlen_Q", "max_seqlen_KV", "backend", "q_tile_size", "kv_tile_size",
+        "backward_q_tile_size", "backward_kv_tile_size", "backward_kv_splits", "backward_use_pt_reduction",
+        "run_persistent_kernel", "kernel_schedule", "torch_compile", "return_lse",
     ]  # fmt: skip
     names = list(inspect.signature(natten.merge_attentions).parameters)
     assert names == ["outputs", "lse_tensors", "torch_compile", "use_autograd_fix"]
@@ -155,7 +162,11 @@ def test_tuning_arguments_change_no_bit():
         assert all(torch.equal(a, b) for a, b in zip(gradients(**tuning), expected)), tuning
 
 
-@pytest.mark.parametrize("tuning", [{"q_tile_shape": (8,)}, {"kv_tile_shape": (0, 8)}, {"backward_kv_splits": 0}, {"kernel_schedule": "fast"}], ids=str)
+@pytest.mark.parametrize(
+    "tuning",
+    [{"q_tile_shape": (8,)}, {"kv_tile_shape": (0, 8)}, {"backward_kv_splits": 0}, {"kernel_schedule": "fast"}],
+    ids=str,
+)
 def test_tuning_arguments_are_validated(tuning):
     with pytest.raises(ValueError):
         na2d(3, **tuning)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""`natten.attention`: dense attention with the rights of the windowed one. T-43 grouped heads, T-44 values of another width,
-T-40 the gradient of lse, T-10 as far as queries without keys can occur here."""
+"""`natten.attention`: dense attention with the rights of the windowed one. T-43 grouped heads, T-44 values of another
+width, T-40 the gradient of lse, T-10 as far as queries without keys can occur here."""
 
 import math
 
@@ -27,7 +27,7 @@ def results(function, inputs, dtype=None):
     q, k, v = (inputs[name].to(dtype or inputs[name].dtype).requires_grad_() for name in "qkv")
     out, lse = function(q, k, v)
     grads = torch.autograd.grad([out, lse], [q, k, v], [inputs["dout"].to(out.dtype), inputs["dlse"].to(lse.dtype)])
-    return {"out": out, "lse": lse, **dict(zip(("dq", "dk", "dv"), grads))}
+    return {"out": out.detach(), "lse": lse.detach(), **dict(zip(("dq", "dk", "dv"), grads))}
 
 
 def check(inputs, causal=False, scale=None):
@@ -68,7 +68,9 @@ def test_grouped_heads_widths_and_scales(heads_kv, head_dim_v, scale):
 @pytest.mark.parametrize("causal", [False, True])
 def test_against_torch(causal):
     q, k, v = (inputs_of(torch.float64)[name] for name in "qkv")
-    expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=causal
+    )
     out = natten.attention(q, k, v, is_causal=causal)
     torch.testing.assert_close(out, expected.transpose(1, 2), rtol=0, atol=1e-12)
 
@@ -96,9 +98,14 @@ def test_it_is_the_second_branch_of_neighborhood_attention(fix):
     joint, joint_lse = natten.na2d(q, k, v, 3, additional_keys=extra_k, additional_values=extra_v, return_lse=True)
     out, lse = natten.na2d(q, k, v, 3, return_lse=True)
     far, far_lse = natten.attention(q.flatten(1, 2), extra_k, extra_v, return_lse=True)
-    merged, merged_lse = natten.merge_attentions([out.flatten(1, 2), far], [lse.flatten(1, 2), far_lse], use_autograd_fix=fix)
+    merged, merged_lse = natten.merge_attentions(
+        [out.flatten(1, 2), far], [lse.flatten(1, 2), far_lse], use_autograd_fix=fix
+    )
     torch.testing.assert_close(merged.view_as(joint), joint, rtol=0, atol=1e-12)
     torch.testing.assert_close(merged_lse.view_as(joint_lse), joint_lse, rtol=0, atol=1e-12)
-    gradients = [torch.autograd.grad(o.sin().sum() + x.square().sum(), leaves) for o, x in ((joint, joint_lse), (merged, merged_lse))]
+    gradients = [
+        torch.autograd.grad(o.sin().sum() + x.square().sum(), leaves)
+        for o, x in ((joint, joint_lse), (merged, merged_lse))
+    ]
     for a, b in zip(*gradients):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The reference itself: golden windows, sums done by hand, and torch's own attention. Nothing of the package is used."""
+"""The reference itself: golden windows, sums done by hand, torch's own attention. Nothing of the package is used."""
 
 import math
 
@@ -52,7 +52,7 @@ def test_windows_that_are_too_large_are_cut_per_dilation_group():
 def test_axes_of_a_grid_are_a_product():
     mask = dense.window_mask((3, 4), (3, 2), (1, 1), (1, 2), (True, False))
     for query in range(12):
-        rows = range(0, query // 4 + 1)
+        rows = range(query // 4 + 1)
         columns = [c for c in range(4) if c % 2 == query % 2]
         assert keys_of(mask, query) == [4 * r + c for r in rows for c in columns]
 

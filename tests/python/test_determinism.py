@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""T-46: forward gives the same bits with and without gradients. T-47: the same bits again, for every number of threads."""
+"""T-46: forward gives the same bits with and without gradients. T-47: so do repeats and every number of threads."""
 
 import cases
 import pytest
@@ -91,7 +91,7 @@ def test_checkpoints_recompute_the_same_bits(case, reentrant):
         leaves = {name: inputs[name].clone().requires_grad_() for name in cases.INPUTS if name in inputs}
         seen = []
 
-        def function(*tensors, plan=plan, seen=seen):
+        def function(*tensors, plan=plan, seen=seen, leaves=leaves):
             out, lse = cases.call(case, dict(zip(leaves, tensors)), plan, return_lse=True)
             seen.append(out.detach().clone())
             return out, lse

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Derivatives of first order. T-40 the gradient of lse, T-41 of additional keys and values, T-42 of the relative position
-bias, T-43 grouped heads, T-44 values of another width, T-49 partially frozen inputs; gradcheck in fp64."""
+"""Derivatives of first order. T-40 the gradient of lse, T-41 of additional keys and values, T-42 of the relative
+position bias, T-43 grouped heads, T-44 values of another width, T-49 partially frozen inputs; gradcheck in fp64."""
 
 import itertools
 
@@ -87,7 +87,10 @@ def test_relative_position_bias(window, stride, causal):
 
 def test_bias_gradient_sums_many_samples():
     """Sums over 32 samples of 20x20 queries: half types must not accumulate in themselves. Odd counts of entries."""
-    cases.check(Case((20, 20), 3, batch=32, heads=1, head_dim=4, bias=True), dtypes=(torch.float32, torch.bfloat16, torch.float16))
+    cases.check(
+        Case((20, 20), 3, batch=32, heads=1, head_dim=4, bias=True),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])
@@ -95,7 +98,9 @@ def test_bias_gradient_sums_many_samples():
 def test_grouped_heads(heads_kv, groups):
     heads = heads_kv * groups
     cases.check(Case((18,), 5, heads=heads, heads_kv=heads_kv, batch=2))
-    cases.check(Case((5, 9), (3, 4), stride=(2, 1), heads=heads, heads_kv=heads_kv, bias=True, extra=2), dtypes=cases.FLOATS)
+    cases.check(
+        Case((5, 9), (3, 4), stride=(2, 1), heads=heads, heads_kv=heads_kv, bias=True, extra=2), dtypes=cases.FLOATS
+    )
 
 
 @pytest.mark.parametrize("head_dim, head_dim_v", [(8, 4), (4, 8), (1, 7), (16, 1), (32, 64), (64, 16), (20, 48)])
@@ -145,5 +150,7 @@ def test_one_tensor_in_three_roles():
     case = Case((6, 7), 3, heads=2, head_dim=4)
     x = torch.randn(1, 6, 7, 2, 4, dtype=torch.float64, requires_grad=True)
     for plan in cases.plans_of(case, torch.float64):
-        out, exact = (f(case, {"q": x, "k": x, "v": x}) for f in (lambda c, t: cases.call(c, t, plan), lambda c, t: cases.call_dense(c, t)[0]))
-        torch.testing.assert_close(*(torch.autograd.grad(o.sin().sum(), x)[0] for o in (out, exact)), rtol=0, atol=1e-11)
+        tensors = {"q": x, "k": x, "v": x}
+        out, exact = cases.call(case, tensors, plan), cases.call_dense(case, tensors)[0]
+        got, expected = (torch.autograd.grad(y.sin().sum(), x)[0] for y in (out, exact))
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)

@@ -108,7 +108,7 @@ LAYOUTS = [
 
 
 def gradient_forms(case, dtype):
-    """Incoming gradients as callers make them: of a sum (all strides 0), transposed, at an odd offset, channels apart."""
+    """Gradients as callers make them: of a sum (all strides 0), transposed, at an odd offset, channels apart."""
     shape = (case.batch, *case.grid, case.heads, case.head_dim)
     flat = random_like((torch.Size(shape).numel() + 1,), dtype)
     yield torch.ones((), dtype=dtype).expand(shape)

@@ -82,7 +82,9 @@ def test_types(dtype):
 
 
 @FIX
-@pytest.mark.parametrize("shifts", [(80, 0), (0, 80), (-80, 80), (80, 0, -80), (0, 80, 80), (-80, 80, 0, -80), (500, -500)], ids=str)
+@pytest.mark.parametrize(
+    "shifts", [(80, 0), (0, 80), (-80, 80), (80, 0, -80), (0, 80, 80), (-80, 80, 0, -80), (500, -500)], ids=str
+)
 def test_log_sum_exps_far_apart(shifts, fix):
     tensors = make_branches([3, 2, 4, 1][: len(shifts)], shifts=shifts)
 

@@ -54,12 +54,16 @@ def check(module, x, *parameters, scale=None):
 def test_against_plain_torch(rank, options):
     module = MODULES[rank](16, 4, 3, **options)
     x = torch.randn(2, *(6, 7, 8)[3 - rank :], 16)
-    values = [(3,) * rank] + [(options.get(name, default),) * rank for name, default in (("stride", 1), ("dilation", 1), ("is_causal", False))]
+    values = [(3,) * rank] + [
+        (options.get(name, default),) * rank for name, default in (("stride", 1), ("dilation", 1), ("is_causal", False))
+    ]
     check(module, x, *values, scale=options.get("qk_scale"))
 
 
 def test_parameters_per_axis():
-    module = natten.NeighborhoodAttention3D(12, 3, (2, 3, 5), stride=(1, 3, 2), dilation=[2, 1, 1], is_causal=[True, False, False], rel_pos_bias=True)
+    module = natten.NeighborhoodAttention3D(
+        12, 3, (2, 3, 5), stride=(1, 3, 2), dilation=[2, 1, 1], is_causal=[True, False, False], rel_pos_bias=True
+    )
     assert module.rpb.shape == (3, 3, 5, 9)
     check(module, torch.randn(1, 4, 5, 6, 12), (2, 3, 5), (1, 3, 2), (2, 1, 1), (True, False, False))
 

@@ -121,7 +121,9 @@ MODULES = {
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("grid, window, dilation", [((4,), 7, 1), ((9,), 3, 4), ((4, 9), 7, 1), ((9, 5), 3, (2, 3)), ((2, 3, 4), 3, 1)])
+@pytest.mark.parametrize(
+    "grid, window, dilation", [((4,), 7, 1), ((9,), 3, 4), ((4, 9), 7, 1), ((9, 5), 3, (2, 3)), ((2, 3, 4), 3, 1)]
+)
 def test_the_0_14_module_pads(grid, window, dilation, bias):
     rank, heads = len(grid), 2
     module = MODULES[rank](dim=8, num_heads=heads, kernel_size=window, dilation=dilation, bias=bias).double()
@@ -140,7 +142,9 @@ def test_the_0_14_module_pads(grid, window, dilation, bias):
 
 def clamped_by_hand(module, x, heads):
     window, dilation = (7, 7), (1, 1)
-    q, k, v = F.linear(x, module.qkv.weight, module.qkv.bias).unflatten(-1, (3, heads, x.shape[-1] // heads)).movedim(-3, 0)
+    q, k, v = (
+        F.linear(x, module.qkv.weight, module.qkv.bias).unflatten(-1, (3, heads, x.shape[-1] // heads)).movedim(-3, 0)
+    )
     case = Case(tuple(x.shape[1:-1]), window, dilation=dilation, head_dim=x.shape[-1] // heads)
     out, _ = cases.call_dense(case, {"q": q, "k": k, "v": v, "bias": module.rpb})
     return F.linear(out.flatten(-2), module.proj.weight, module.proj.bias)

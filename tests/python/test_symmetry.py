@@ -60,14 +60,29 @@ def test_swapping_axes_swaps_the_answer(case):
                     assert error <= tolerance * max(1, tensor.abs().max()), f"{name} {order} {plan}"
 
 
-@pytest.mark.parametrize("change", [{"window": 4}, {"window": (3, 5)}, {"dilation": 2}, {"dilation": (1, 2)}, {"stride": 2},
-                                    {"stride": (2, 1)}, {"causal": True}, {"causal": (False, True)}, {"scale": 0.7}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"window": 4},
+        {"window": (3, 5)},
+        {"dilation": 2},
+        {"dilation": (1, 2)},
+        {"stride": 2},
+        {"stride": (2, 1)},
+        {"causal": True},
+        {"causal": (False, True)},
+        {"scale": 0.7},
+    ],
+    ids=str,
+)
 def test_every_parameter_acts(change):
     base = Case((10, 11), 3, head_dim=8)
     changed = Case(**{**vars(base), **change})
     inputs = cases.make_inputs(base, torch.float32)
     for plan in sorted({*cases.plans_of(base, torch.float32), *cases.plans_of(changed, torch.float32)}) + [None]:
-        both = [plan if plan is None or plan in cases.plans_of(case, torch.float32) else None for case in (base, changed)]
+        both = [
+            plan if plan is None or plan in cases.plans_of(case, torch.float32) else None for case in (base, changed)
+        ]
         out, other = (cases.call(case, inputs, forced) for case, forced in zip((base, changed), both))
         assert (out - other).abs().max() > 1e-2
 
@@ -109,7 +124,9 @@ def test_a_key_reaches_exactly_its_queries(case):
 @pytest.mark.parametrize("case", [PERTURBED[4], PERTURBED[6]], ids=str)
 def test_a_key_reaches_exactly_its_queries_when_compiled(case):
     torch.compiler.reset()
-    compiled = torch.compile(lambda q, k, v: cases.call(case, {"q": q, "k": k, "v": v}), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda q, k, v: cases.call(case, {"q": q, "k": k, "v": v}), fullgraph=True, backend="aot_eager"
+    )
     check_reach(case, lambda inputs: compiled(*(inputs[name] for name in "qkv")))
 
 

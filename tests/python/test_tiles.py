@@ -29,7 +29,9 @@ def check_guarded(case, dtype, plans):
         got = cases.results(case, {name: view for name, (view, _) in views.items()}, plan)
         cases.compare(got, exact, same, dtype, f"{case} plan={plan}")
     for name, (_, buffer) in views.items():
-        assert torch.equal(buffer.view(torch.uint8), before[name].view(torch.uint8)), f"{name} or its guards were written"
+        assert torch.equal(buffer.view(torch.uint8), before[name].view(torch.uint8)), (
+            f"{name} or its guards were written"
+        )
 
 
 def windows_of(extent):
@@ -37,7 +39,7 @@ def windows_of(extent):
 
 
 def check_lengths(lengths, dtype, dilations=(1, 2, 3), build=lambda extent: (extent,)):
-    """All windows, strides and causal flags on an axis of each length; the last axis is the one that engines vectorise."""
+    """All windows, strides and causal flags on an axis of each length, the last one, along which engines vectorise."""
     for extent in lengths:
         for window in windows_of(extent):
             for dilation in dilations:
@@ -79,7 +81,10 @@ def test_lengths_around_a_tile(extent, dtype):
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7])
 def test_rows_of_a_tile(rows, dtype):
     for columns in (6, 17):
-        for window, dilation, causal in (((rows, 3), (1, 1), (False, False)), ((min(rows, 3), 4), (1, 1), (True, False))):
+        for window, dilation, causal in (
+            ((rows, 3), (1, 1), (False, False)),
+            ((min(rows, 3), 4), (1, 1), (True, False)),
+        ):
             case = Case((rows, columns), window, 1, dilation, causal, heads=2, head_dim=4)
             check_guarded(case, dtype, cases.plans_of(case, dtype))
             case = Case((2, rows, columns), (2, *window), 1, (1, *dilation), (False, *causal), heads=1, head_dim=4)
@@ -156,7 +161,13 @@ def test_many_samples_of_a_tiny_grid():
 def test_reference_window_mask_is_what_key_spans_says():
     """`natten::key_spans` gives the first key and the number of keys of each query."""
     for extent in (1, 5, 12, 13):
-        for window, stride, dilation, causal in ((1, 1, 1, False), (4, 2, 1, True), (5, 4, 1, False), (3, 2, 2, False), (9, 9, 3, True)):
+        for window, stride, dilation, causal in (
+            (1, 1, 1, False),
+            (4, 2, 1, True),
+            (5, 4, 1, False),
+            (3, 2, 2, False),
+            (9, 9, 3, True),
+        ):
             spans = torch.ops.natten.key_spans(extent, window, stride, dilation, causal)
             assert spans.dtype == torch.int64 and spans.shape == (extent, 2)
             mask, _ = dense.axis_table(extent, window, stride, dilation, causal)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Which keys a query sees, exactly: T-2 even windows, T-3 dilation that does not divide the axis, T-4 stride and blocked
-attention, T-5 mixes of causal axes, T-6 membership by one-hot values, T-9 windows as long as the axis."""
+"""Which keys a query sees, exactly: T-2 even windows, T-3 dilation that does not divide the axis, T-4 stride and
+blocked attention, T-5 mixes of causal axes, T-6 membership by one-hot values, T-9 windows as long as the axis."""
 
 import itertools
 
@@ -43,7 +43,9 @@ def test_membership_on_one_axis(dilation, causal):
 
 @pytest.mark.parametrize("causal", list(itertools.product([False, True], repeat=2)), ids=str)
 @pytest.mark.parametrize("dilation", [(1, 1), (2, 1), (1, 3)], ids=str)
-@pytest.mark.parametrize("window, stride", [((2, 3), (1, 1)), ((4, 2), (1, 1)), ((3, 2), (3, 1)), ((2, 2), (2, 2))], ids=str)
+@pytest.mark.parametrize(
+    "window, stride", [((2, 3), (1, 1)), ((4, 2), (1, 1)), ((3, 2), (3, 1)), ((2, 2), (2, 2))], ids=str
+)
 def test_membership_on_two_axes(window, stride, dilation, causal):
     check_membership(Case((8, 7), window, stride, dilation, causal))
 
@@ -120,7 +122,10 @@ def test_window_equal_to_the_axis_is_dense_attention(grid, extra):
     case = Case(grid, grid, batch=2, heads=2, head_dim=8, head_dim_v=6, extra=extra)
     cases.check(case)
     inputs = cases.make_inputs(case, torch.float64)
-    k, v = (torch.cat([inputs[a].flatten(1, -3), inputs.get("extra_" + a, inputs[a][:, :0].flatten(1, -3))], 1) for a in "kv")
+    k, v = (
+        torch.cat([inputs[a].flatten(1, -3), inputs.get("extra_" + a, inputs[a][:, :0].flatten(1, -3))], 1)
+        for a in "kv"
+    )
     expected = sdpa(inputs["q"].flatten(1, -3), k, v).view(inputs["dout"].shape)
     for plan in cases.plans_of(case, torch.float64):
         torch.testing.assert_close(cases.call(case, inputs, plan), expected, rtol=0, atol=1e-12)
