@@ -39,7 +39,7 @@ def load_photographs() -> list[np.ndarray]:
 
 
 def to_rgb(image: np.ndarray) -> np.ndarray:
-    """A scene's image as one to show: [size, size, 3], 0 to 1."""
+    """An image of a batch, [3, size, size], as one to show: [size, size, 3], 0 to 1."""
     return np.clip((image.transpose(1, 2, 0) * DEVIATION + MEAN) / 255, 0, 1)
 
 
@@ -79,16 +79,14 @@ class Mosaics:
 
     def _light(self, image: np.ndarray, regions: np.ndarray) -> np.ndarray:
         """Gives every texture a contrast, a brightness and a ramp of light of its own."""
-        shape = (self.textures, 1)
-        contrast = self.rng.uniform(1 - CONTRAST, 1 + CONTRAST, shape)[regions]
-        brightness = self.rng.uniform(-BRIGHTNESS, BRIGHTNESS, shape)[regions]
-        ramps = self.rng.uniform(-RAMP, RAMP, (2, *shape))
-        ticks = np.linspace(-1, 1, self.size)
-        ramp = ramps[0][regions] * ticks[:, None, None] + ramps[1][regions] * ticks[None, :, None]
-        return image * contrast + brightness + ramp
+        light = self.rng.uniform(-1, 1, (self.textures, 4)) * (CONTRAST, BRIGHTNESS, RAMP, RAMP)
+        contrast, brightness, down, across = light.astype(np.float32).T
+        ticks = np.linspace(-1, 1, self.size, dtype=np.float32)
+        added = brightness[regions] + down[regions] * ticks[:, None] + across[regions] * ticks
+        return image * (1 + contrast)[regions][..., None] + added[..., None]
 
     def scene(self) -> tuple[np.ndarray, np.ndarray]:
-        """One scene: image float32 [3, size, size] and the class of each pixel, int64 [size, size]."""
+        """One scene: image float32 [size, size, 3] and the class of each pixel, int64 [size, size]."""
         chosen = self.rng.choice(len(CLASSES), self.textures, replace=False)
         regions = self._regions()
         rows = self._positions(self.shapes[chosen, 0], mirror=False)
@@ -99,9 +97,9 @@ class Mosaics:
         image = (image.astype(np.float32) - MEAN) / DEVIATION
         if self.varied:
             image = self._light(image, regions)
-        return image.transpose(2, 0, 1).astype(np.float32), chosen[regions]
+        return image, chosen[regions]
 
     def batch(self, scenes: int) -> tuple[np.ndarray, np.ndarray]:
-        """`scenes` scenes: images [scenes, 3, size, size] and labels [scenes, size, size]."""
+        """`scenes` scenes: images [scenes, 3, size, size], channels last in memory, and labels [scenes, size, size]."""
         images, labels = zip(*(self.scene() for _ in range(scenes)), strict=True)
-        return np.stack(images), np.stack(labels)
+        return np.stack(images).transpose(0, 3, 1, 2), np.stack(labels)

@@ -51,7 +51,7 @@ class Segmenter(nn.Module):
         self.head = nn.Linear(dim, classes * PATCH * PATCH)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        tokens = self.embed(images).permute(0, 2, 3, 1).contiguous()
+        tokens = self.embed(images).permute(0, 2, 3, 1)
         for block in self.blocks:
             tokens = block(tokens)
         logits = self.head(self.norm(tokens)).permute(0, 3, 1, 2)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """demo.png: a test scene, its truth, the network's answer, and where one query of the dilated layer looked for it."""
 
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -22,18 +23,18 @@ COLORS = ListedColormap(
 )
 
 
-def draw(model: Segmenter, image: np.ndarray, labels: np.ndarray, iou: list[float], path: Path) -> None:
-    """Draws one scene: image [3, size, size], labels [size, size]; `iou` of each class over all test scenes."""
+def draw(model: Segmenter, images: np.ndarray, labels: np.ndarray, iou: list[float], path: Path) -> None:
+    """Draws one of a batch of test scenes, that of the most telling query; `iou` is over all test scenes."""
     device = next(model.parameters()).device
     layer = max(range(len(model.blocks)), key=lambda i: model.blocks[i].attention.dilation[0])
-    predicted, entering = _run(model, torch.from_numpy(image)[None].to(device), layer)
     attention = model.blocks[layer].attention
-    tokens = labels[PATCH // 2 :: PATCH, PATCH // 2 :: PATCH]
-    index, window = _telling_query(attention, entering, tokens)
-
+    predictions, entering = _run(model, torch.from_numpy(images).to(device), layer)
+    tokens = labels[:, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH]
+    which, index, window = _telling_query(attention, entering, tokens)
+    image, labels, predicted, tokens = images[which], labels[which], predictions[which], tokens[which]
     spacing = attention.dilation[0] / len(tokens)  # of the keys, as a fraction of the scene
 
-    figure, axes = plt.subplots(2, 3, figsize=(13.5, 9.2), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(14, 10), layout="constrained")
     scene = to_rgb(image)
     right = (predicted == labels).mean()
     axes[0, 0].imshow(scene)
@@ -44,43 +45,44 @@ def draw(model: Segmenter, image: np.ndarray, labels: np.ndarray, iou: list[floa
     ]:
         ax.imshow(classes, cmap=COLORS, vmin=-0.5, vmax=len(CLASSES) - 0.5, interpolation="nearest")
         ax.set_title(title)
-    for head, ax in enumerate(axes[1, :2]):
+    for head in range(min(2, attention.num_heads)):
+        ax = axes[1, head]
         ax.imshow(0.55 * scene + 0.45)
         _draw_window(ax, index, window.keys.cpu().numpy(), window.weights[0, head].cpu().numpy(), tokens, spacing)
         ax.set_title(_window_title(head, attention, index, window, tokens))
-    for ax in axes.flat[:5]:
-        ax.set_axis_off()
     _draw_scores(axes[1, 2], iou)
-    figure.savefig(path, dpi=100)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    figure.savefig(path, dpi=100, bbox_inches="tight", pad_inches=0.15)
     plt.close(figure)
 
 
 @torch.no_grad()
 def _run(model: Segmenter, images: torch.Tensor, layer: int) -> tuple[np.ndarray, torch.Tensor]:
-    """The predicted classes and what entered the attention of block `layer`."""
+    """The predicted classes of every scene and what entered the attention of block `layer`."""
     caught = []
     hook = model.blocks[layer].attention.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-    predicted = model.eval()(images).argmax(1)[0]
+    predicted = model.eval()(images).argmax(1)
     hook.remove()
     return predicted.cpu().numpy(), caught[0]
 
 
-def _own_share(index, window: Window, tokens: np.ndarray) -> tuple[float, float]:
-    """Of the keys, and of the weight (mean of the heads), the share on the query's own texture."""
+def _own_share(index, window: Window, tokens: np.ndarray) -> tuple[float, np.ndarray]:
+    """Of the keys, and of each head's weight, the share on the query's own texture."""
     y, x = window.keys.cpu().numpy().T
     own = tokens[y, x] == tokens[tuple(index)]
-    return own.mean(), window.weights[0].mean(0).cpu().numpy()[own].sum()
+    return own.mean(), window.weights[0].cpu().numpy()[:, own].sum(1)
 
 
-def _telling_query(attention, entering: torch.Tensor, tokens: np.ndarray) -> tuple[tuple[int, int], Window]:
-    """Of a lattice of queries the one whose weight prefers its own texture most."""
-    best, found = -1.0, None
-    for y in range(4, tokens.shape[0] - 1, 8):
-        for x in range(4, tokens.shape[1] - 1, 8):
-            window = layer_window(attention, entering, (y, x))
-            keys, weight = _own_share((y, x), window, tokens)
-            if weight - keys > best:
-                best, found = weight - keys, ((y, x), window)
+def _telling_query(attention, entering: torch.Tensor, tokens: np.ndarray) -> tuple[int, tuple[int, int], Window]:
+    """Of a lattice of queries in every scene the one of which some head prefers its own texture most: the scene, the
+    place and the window."""
+    best, found = -np.inf, None
+    for which, y, x in product(range(len(tokens)), range(4, tokens.shape[1] - 1, 8), range(4, tokens.shape[2] - 1, 8)):
+        window = layer_window(attention, entering[which : which + 1], (y, x))
+        keys, weights = _own_share((y, x), window, tokens[which])
+        if weights.max() - keys > best:
+            best, found = weights.max() - keys, (which, (y, x), window)
     return found
 
 
@@ -96,21 +98,20 @@ def _draw_window(ax: Axes, index, keys: np.ndarray, weights: np.ndarray, tokens:
 
 def _window_title(head: int, attention, index, window: Window, tokens: np.ndarray) -> str:
     size, dilation = attention.kernel_size[0], attention.dilation[0]
-    name = CLASSES[tokens[tuple(index)]]
-    keys, weight = _own_share(index, Window(window.keys, window.weights[:, head : head + 1]), tokens)
+    keys, weights = _own_share(index, window, tokens)
+    name = CLASSES[tokens[tuple(index)]].replace("_", " ")
     return (
-        f"one query's {size}x{size} window, dilation {dilation}: weights of head {head + 1}\n"
-        f"{weight:.0%} on its own texture, {name}, with {keys:.0%} of the keys"
+        f"window {size}x{size}, dilation {dilation}, head {head + 1}: {weights[head]:.0%} of the weight\n"
+        f"on the query's texture ({name}), {keys:.0%} of the keys"
     )
 
 
 def _draw_scores(ax: Axes, iou: list[float]) -> None:
     """The legend of the classes, as bars of their intersection over union."""
     ax.barh(range(len(CLASSES)), iou, color=COLORS.colors, edgecolor="black", linewidth=0.6)
-    ax.set_yticks(range(len(CLASSES)), [name.replace("_", " ") for name in CLASSES])
-    for i, value in enumerate(iou):
-        ax.text(value + 0.01, i, f"{value:.2f}", va="center", fontsize=9)
+    for i, (name, value) in enumerate(zip(CLASSES, iou, strict=True)):
+        ax.text(-0.02, i, name.replace("_", " "), va="center", ha="right")  # no ticks: they would narrow the panel
+        ax.text(value + 0.02, i, f"{value:.2f}", va="center")
     ax.invert_yaxis()
-    ax.set_xlim(0, 1.1)
+    ax.set_xlim(-0.7, 1.15)
     ax.set_title(f"intersection over union on all test scenes\nmean {np.mean(iou):.3f}")
-    ax.spines[["top", "right"]].set_visible(False)

@@ -65,7 +65,7 @@ def tensors(batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 def train(model: nn.Module, scenes: Mosaics, args: argparse.Namespace, device: torch.device) -> float:
     """Trains the model in place and returns the seconds it took, the making of the scenes included."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=WARMUP)
     model.train()
     begin = time.perf_counter()
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> dict:
     torch.manual_seed(args.seed)
     device = choose_device(args.device)
     kernel_size, dilations = (1, [1] * len(args.dilations)) if args.control else (args.kernel_size, args.dilations)
-    model = Segmenter(len(CLASSES), args.dim, kernel_size, dilations).to(device)
+    model = Segmenter(len(CLASSES), args.dim, kernel_size, dilations).to(device, memory_format=torch.channels_last)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"natten {natten.__version__}, torch {torch.__version__}, {where}: window {kernel_size}, dilations {dilations}"
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> dict:
         "arguments": {name: str(value) if name == "out" else value for name, value in vars(args).items()},
     }
     args.out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
-    draw(model, *Mosaics("right", TEST_SEED, args.size).scene(), iou.tolist(), args.out.with_suffix(".png"))
+    draw(model, *Mosaics("right", TEST_SEED, args.size).batch(4), iou.tolist(), args.out.with_suffix(".png"))
     print(f"wrote {args.out.with_suffix('.png')} and {args.out.with_suffix('.json')}")
     return figures
 
