@@ -148,7 +148,7 @@ TEST(ChoosePlan, RefusesNamesThatNoEngineHas) {
 
 TEST(ChoosePlan, SaysWhyAForcedKernelCannotRun) {
   Case strided = kPlain;
-  strided.axes[0].stride = 3;
+  strided.axes[1].stride = 3;
   const std::string message = message_of(natten::ErrorKind::invalid_argument, [&] {
     natten::choose_plan(strided.problem(DType::f32), Pass::forward, DeviceKind::cpu, "cpu/sliding-portable");
   });

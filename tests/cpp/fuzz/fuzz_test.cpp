@@ -108,11 +108,12 @@ std::string show(const Case& c, DType dtype) {
   return text.str();
 }
 
-/// Elements of the largest tensor and of all logits, in double so that nothing overflows here.
+/// By elements of the largest tensor and by logits, in double so that nothing overflows here. Empty problems count as if
+/// they had one token of one sample, for their additional keys and their bias may still be large.
 bool is_small(const Problem& p) {
   double tokens = 1.0, table = p.heads;
-  for (const natten::Axis& a : p.axes) tokens *= a.extent, table *= 2.0 * a.window - 1.0;
-  const double rows = double(p.batch) * p.heads;
+  for (const natten::Axis& a : p.axes) tokens *= std::max(a.extent, 1), table *= 2.0 * a.window - 1.0;
+  const double rows = double(std::max<int64_t>(p.batch, 1)) * p.heads;
   const double logits = rows * tokens * (tokens + p.extra_keys);
   const double channels = std::max(p.head_dim, p.head_dim_v);
   return rows * (tokens + p.extra_keys) * channels < 1e5 && logits < 2e6 && logits * channels < 1e8 &&
