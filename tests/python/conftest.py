@@ -3,6 +3,7 @@
 
 import hypothesis
 import pytest
+import torch
 
 hypothesis.settings.register_profile("natten", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("natten")
@@ -10,6 +11,8 @@ hypothesis.settings.load_profile("natten")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run with `-m slow`, or everything with `-m ''`")
+    # The problems are tiny: waiting for a second thread takes longer than they do. Tests of threads ask for more.
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -23,6 +26,11 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():
-    import torch
-
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

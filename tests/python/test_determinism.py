@@ -19,13 +19,6 @@ CASES = [
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture
-def restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def assert_same_bits(a, b, what):
     for name in a:
         assert torch.equal(a[name], b[name]), f"{name}: {what}"

@@ -180,6 +180,23 @@ def test_attention_dropout_acts(rank):
     assert torch.equal(module.eval()(x), without.eval()(x))
 
 
+@RANKS
+@pytest.mark.parametrize("options", [{"stride": 2}, {"is_causal": True}, {"dilation": 2}, {"kernel_size": 9}], ids=str)
+def test_attention_dropout_that_drops_nothing(rank, options):
+    """So small a probability takes the path of dropout and drops nothing: it must be the same attention."""
+    options = {"kernel_size": 3, "rel_pos_bias": True, "qk_scale": 0.7, **options}
+    module = MODULES[rank](16, 2, attn_drop=1e-15, **options).double()
+    without = MODULES[rank](16, 2, **options).double()
+    torch.nn.init.normal_(module.rpb)
+    without.load_state_dict(module.state_dict())
+    x = torch.randn(2, *(5, 6, 7)[3 - rank :], 16, dtype=torch.float64)
+    outs = [m(x) for m in (module, without)]
+    torch.testing.assert_close(*outs, rtol=0, atol=1e-11)
+    gradients = [torch.autograd.grad(out.sin().sum(), list(m.parameters())) for out, m in zip(outs, (module, without))]
+    for a, b in zip(*gradients):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
 def test_attention_dropout_of_zero_changes_no_bit():
     module, without = natten.NeighborhoodAttention2D(16, 2, 3, attn_drop=0.0), natten.NeighborhoodAttention2D(16, 2, 3)
     without.load_state_dict(module.state_dict())
@@ -234,5 +251,5 @@ def test_a_module_learns():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
