@@ -24,10 +24,10 @@ inline constexpr int kMaxSlots = 4, kMaxVectors = 2;
 // --- scores: S[row][slot][lane] ------------------------------------------------------------------------------------------
 
 /// qt: [rows][channel][lanes], rows `q_row` apart; kt: [channel][columns], channels `pitch` apart, at the column of lane 0
-/// and slot 0; scores[row]: [slot][lanes].
+/// and slot 0; scores[row]: [slot][lanes]. maxima: null, or [rows][lanes], running.
 template <class Real, class V, int kRowCount, int kSlots>
 [[gnu::noinline]] void scores_block(const Real* qt, int64_t q_row, const Real* kt, int64_t pitch, int channels,
-                                    Real* const* scores) {
+                                    Real* const* scores, Real* maxima) {
   V acc[kRowCount][kSlots] = {};
   for (int d = 0; d < channels; ++d, kt += pitch, qt += kLanes<Real>) {
     V q[kRowCount];
@@ -45,10 +45,18 @@ template <class Real, class V, int kRowCount, int kSlots>
   for (int r = 0; r < kRowCount; ++r)
 #pragma GCC unroll 16
     for (int j = 0; j < kSlots; ++j) store(scores[r] + j * kLanes<Real>, acc[r][j]);
+  if (maxima == nullptr) return;
+#pragma GCC unroll 4
+  for (int r = 0; r < kRowCount; ++r) {
+    V m = load<V>(maxima + r * kLanes<Real>);
+#pragma GCC unroll 16
+    for (int j = 0; j < kSlots; ++j) m = max(acc[r][j], m);
+    store(maxima + r * kLanes<Real>, m);
+  }
 }
 
 template <class Real>
-using ScoresBlock = void (*)(const Real*, int64_t, const Real*, int64_t, int, Real* const*);
+using ScoresBlock = void (*)(const Real*, int64_t, const Real*, int64_t, int, Real* const*, Real*);
 
 template <class Real, class V, int kRowCount, int... kSlots>
 NATTEN_INLINE ScoresBlock<Real> scores_block_for(int slots, std::integer_sequence<int, kSlots...>) {
@@ -139,18 +147,29 @@ NATTEN_INLINE void add_query(KeyPair<Real, kVectors>& acc, const Real* weight, c
   }
 }
 
-/// Adds one query row of a block to key columns `column` and `column` + 1 (0 is the key of lane 0 and slot 0). A query in
-/// lane l sees column c in slot c - l. weights: [slot][lane]; tokens: [lane][channel], `width` apart.
+/// The lanes of a block that see key columns `column` and `column` + 1 (0 is the key of lane 0 and slot 0): lane l sees
+/// column c in slot c - l. At most one lane sees only the left one, and at most one only the right one.
+struct SeeingLanes {
+  int begin, end;  ///< these see both
+  bool only_left, only_right;
+
+  static NATTEN_INLINE SeeingLanes of(int column, int window, int lanes) {
+    const int left = column - window + 1, right = column + 1;
+    return {left + 1 > 0 ? left + 1 : 0, right < lanes ? right : lanes, left >= 0 && left < lanes, right < lanes};
+  }
+};
+
+/// Adds one query row. weights: that of lane 0 in slot `column`; tokens: [lane][channel], `width` apart.
 template <class Real, int kVectors>
 NATTEN_INLINE void add_query_row(KeyPair<Real, kVectors>& acc, const Real* weights, const Real* tokens, int64_t width,
-                                 int column, int window, int lanes) {
-  const int only_left = column - window + 1, only_right = column + 1;  // lanes that see one of the two
-  const int begin = only_left + 1 > 0 ? only_left + 1 : 0, end = only_right < lanes ? only_right : lanes;
-  auto weight = [&](int lane) { return weights + int64_t{column - lane} * kLanes<Real> + lane; };
-  if (only_left >= 0 && only_left < lanes)
-    add_query<Real, 1, kVectors>(acc, weight(only_left), tokens + only_left * width);
-  for (int lane = begin; lane < end; ++lane) add_query<Real, 3, kVectors>(acc, weight(lane), tokens + lane * width);
-  if (only_right < lanes) add_query<Real, 2, kVectors>(acc, weight(only_right), tokens + only_right * width);
+                                 SeeingLanes lanes) {
+  constexpr int kNextLane = 1 - kLanes<Real>;  // the same column is a slot less
+  const Real* weight = weights + int64_t{lanes.begin} * kNextLane;
+  const Real* token = tokens + lanes.begin * width;
+  if (lanes.only_left) add_query<Real, 1, kVectors>(acc, weight - kNextLane, token - width);
+  for (int lane = lanes.begin; lane < lanes.end; ++lane, weight += kNextLane, token += width)
+    add_query<Real, 3, kVectors>(acc, weight, token);
+  if (lanes.only_right) add_query<Real, 2, kVectors>(acc, weight, token);
 }
 
 /// Calls f(vector offset, integral_constant of the count) until `vectors` are covered in the largest legal steps.

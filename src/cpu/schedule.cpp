@@ -6,7 +6,8 @@
 namespace natten::cpu {
 namespace {
 
-constexpr int kStripColumns = 64;           // wider strips leave L2, narrower ones repeat the halo
+constexpr int kStripColumns = 64;           // narrower strips repeat too much of the halo
+constexpr int64_t kStripBytes = 1 << 19;    // a ring that fits in half of L2 may be wider
 constexpr int64_t kRingBytes = 4 << 20;     // of an item that walks z with several key planes alive
 constexpr int kBackwardItems = 16;          // what the backward pass cuts for, whatever the number of threads
 
@@ -49,7 +50,9 @@ Schedule make_schedule(const Problem& p, Pass pass, int rows, int64_t row_bytes_
   const int64_t wanted = std::max<int64_t>(wanted_items(planes, pass, num_threads) / std::max<int64_t>(planes, 1), 1);
 
   const int fewest_columns = narrowest(x, pass, 16), fewest_rows = narrowest(y, pass, 2 * rows);
-  s.num_strips = divide_up(x.extent, pass == Pass::backward ? 2 * kStripColumns : kStripColumns);
+  const int64_t affordable_columns = kStripBytes / (row_bytes_per_column * z.window * rows_seen(y, rows)) - x.window;
+  const int strip = int(std::clamp<int64_t>(affordable_columns, kStripColumns, 16 * kStripColumns));
+  s.num_strips = divide_up(x.extent, pass == Pass::backward ? std::max(2 * kStripColumns, strip) : strip);
   if (y.extent == 1) s.num_strips = int(std::max<int64_t>(s.num_strips, wanted));
   s.num_strips = std::clamp(s.num_strips, 1, std::max(x.extent / fewest_columns, 1));
   s.strip = piece(x.extent, s.num_strips, 8);

@@ -72,9 +72,11 @@ struct Columns {
 
 // --- packing -------------------------------------------------------------------------------------------------------------
 
-/// kLanes rows of `channels` elements -> [channel][lane], channels `pitch` apart and rounded up to whole vectors.
+/// kLanes rows of `channels` elements -> [channel][lane] times `factor`, channels `pitch` apart and rounded up to whole
+/// vectors.
 template <class Real, class T>
-NATTEN_INLINE void pack_transposed_block(const T* const (&rows)[kLanes<Real>], int channels, Real* to, int64_t pitch) {
+NATTEN_INLINE void pack_transposed_block(const T* const (&rows)[kLanes<Real>], int channels, Real factor, Real* to,
+                                         int64_t pitch) {
   for_each_vector<Real>(channels, [&](int d, int lanes) {
     Vec<Real> block[kLanes<Real>];
     if (lanes == kLanes<Real>) {
@@ -85,7 +87,7 @@ NATTEN_INLINE void pack_transposed_block(const T* const (&rows)[kLanes<Real>], i
     }
     transpose<Real>(block);
 #pragma GCC unroll 16
-    for (int l = 0; l < kLanes<Real>; ++l) store(to + (d + l) * pitch, block[l]);
+    for (int l = 0; l < kLanes<Real>; ++l) store(to + (d + l) * pitch, block[l] * factor);
   });
 }
 
@@ -100,7 +102,7 @@ void pack_transposed(const Tokens<const T>& from, int z, int y, const Columns& c
       const int source = columns.sources[i + l];
       rows[l] = source < 0 ? zeros : row + source * from.step_x;
     }
-    pack_transposed_block<Real>(rows, channels, to + i, pitch);
+    pack_transposed_block<Real>(rows, channels, Real(1), to + i, pitch);
   }
 }
 
@@ -126,9 +128,7 @@ NATTEN_INLINE void pack_queries(const Tokens<const T>& from, int z, int y, int x
                                 Real* to) {
   const T* rows[kLanes<Real>];
   for (int l = 0; l < kLanes<Real>; ++l) rows[l] = from.at(z, y, x + (l < count ? l : count - 1));
-  pack_transposed_block<Real>(rows, channels, to, kLanes<Real>);
-  if (factor == Real(1)) return;
-  for (int d = 0; d < channels; ++d) store(to + d * kLanes<Real>, load<Vec<Real>>(to + d * kLanes<Real>) * factor);
+  pack_transposed_block<Real>(rows, channels, factor, to, kLanes<Real>);
 }
 
 // --- key rows --------------------------------------------------------------------------------------------------------------
@@ -213,11 +213,12 @@ struct Scores {
   }
 };
 
-/// `keys(row)` is the transposed key row at the column of lane 0 and slot 0; `queries` [row][channel][lane]. Asks
+/// `keys(row)` is the transposed key row at the column of lane 0 and slot 0; `queries` [row][channel][lane]; `maxima` as in
+/// scores_block, for the rows of the group. Asks
 /// `prefetch(i, n)`, for i = 0 .. n - 1, to fetch what is needed later: here the loads of the kernel all hit.
 template <class V, class Real, class Keys, class Prefetch>
 NATTEN_INLINE void compute_scores_wide(const RowGroup& group, const Scores<Real>& scores, const Real* queries,
-                                       int channels, int64_t query_stride, int64_t pitch, Keys&& keys,
+                                       int channels, int64_t query_stride, int64_t pitch, Real* maxima, Keys&& keys,
                                        Prefetch&& prefetch) {
   const int chunks = (scores.window + kMaxSlots - 1) / kMaxSlots;
   for (int i = 0; i < group.num_key_rows; ++i) {
@@ -229,7 +230,8 @@ NATTEN_INLINE void compute_scores_wide(const RowGroup& group, const Scores<Real>
       Real* to[kRows];
       for (int r = row.first; r < row.last; ++r) to[r - row.first] = scores.at(r, row.window_row[r], slot);
       scores_block_for<Real, V>(row.last - row.first, slots)(queries + row.first * query_stride, query_stride, kt + slot,
-                                                             pitch, channels, to);
+                                                             pitch, channels, to,
+                                                             maxima ? maxima + row.first * kLanes<Real> : nullptr);
       slot += slots;
     }
   }
@@ -238,19 +240,23 @@ NATTEN_INLINE void compute_scores_wide(const RowGroup& group, const Scores<Real>
 /// A block of few queries takes vectors of half the width, where those cost half the time.
 template <class Real, class Keys, class Prefetch>
 NATTEN_INLINE void compute_scores(const RowGroup& group, const Scores<Real>& scores, const Real* queries, int channels,
-                                  int64_t query_stride, int64_t pitch, int count, Keys&& keys, Prefetch&& prefetch) {
+                                  int64_t query_stride, int64_t pitch, int count, Real* maxima, Keys&& keys,
+                                  Prefetch&& prefetch) {
   if constexpr (kVectorBytes == 64)
     if (count * 2 <= kLanes<Real>)
-      return compute_scores_wide<HalfVec<Real>>(group, scores, queries, channels, query_stride, pitch, keys, prefetch);
-  compute_scores_wide<Vec<Real>>(group, scores, queries, channels, query_stride, pitch, keys, prefetch);
+      return compute_scores_wide<HalfVec<Real>>(group, scores, queries, channels, query_stride, pitch, maxima, keys, prefetch);
+  compute_scores_wide<Vec<Real>>(group, scores, queries, channels, query_stride, pitch, maxima, keys, prefetch);
 }
 
 /// Fetches `channels` elements of columns [begin, end) of kRows rows from `y` on, as far as the axis goes.
 template <int kWrite, class T>
 NATTEN_INLINE void prefetch_rows(const Tokens<T>& t, int z, int y, int rows, int begin, int end, int channels) {
-  for (int r = 0; r < kRows && y + r < rows; ++r)
-    for (int x = begin; x < end; ++x)
-      for (int d = 0; d < channels; d += 64 / int(sizeof(T))) __builtin_prefetch(t.at(z, y + r, x) + d, kWrite, 2);
+  const int64_t bytes = int64_t{channels} * int(sizeof(T)), step = t.step_x * int(sizeof(T));
+  for (int r = 0; r < kRows && y + r < rows; ++r) {
+    const char* token = reinterpret_cast<const char*>(t.at(z, y + r, begin));
+    for (int x = begin; x < end; ++x, token += step)
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(token + b, kWrite, 2);
+  }
 }
 
 /// The relative position bias of one head, times log2(e), and the border: what changes scores before the softmax.
@@ -270,7 +276,8 @@ struct ScoreRules {
 
 /// Applies the rules to the scores of one query row and one key row. `x` is the query of lane 0; (dz, dy) = key - query.
 template <class Real>
-NATTEN_INLINE void apply_rules(const ScoreRules<Real>& rules, Real* scores, const Columns& columns, int x, int dz, int dy) {
+NATTEN_INLINE void apply_rules(const ScoreRules<Real>& rules, Real* scores, const Columns& columns, int x, int dz, int dy,
+                               Real* maxima) {
   using V = Vec<Real>;
   const V lane = lane_numbers<Real>();
   const Real* bias = rules.bias ? rules.bias + rules.bias_row(dz, dy) : nullptr;
@@ -286,17 +293,21 @@ NATTEN_INLINE void apply_rules(const ScoreRules<Real>& rules, Real* scores, cons
     }
     if (columns.causal && x + dx < 0) s = select(before, broadcast<V>(Real(-INFINITY)), s);
     store(scores, s);
+    if (maxima) store(maxima, max(s, load<V>(maxima)));
   }
 }
 
+/// Applies the rules to all scores of a block, if any changes them; then `maxima` no longer hold and are set anew.
 template <class Real>
 NATTEN_INLINE void apply_rules(const ScoreRules<Real>& rules, const RowGroup& group, const Scores<Real>& scores,
-                               const Columns& columns, int x) {
+                               const Columns& columns, int x, Real* maxima) {
   if (!rules.any(x - columns.left < 0)) return;
+  for (int r = 0; maxima && r < group.count; ++r) store(maxima + r * kLanes<Real>, broadcast<Vec<Real>>(Real(-INFINITY)));
   for (int i = 0; i < group.num_key_rows; ++i) {
     const KeyRow& row = group.key_rows[i];
     for (int r = row.first; r < row.last; ++r)
-      apply_rules(rules, scores.at(r, row.window_row[r]), columns, x, row.z - group.z, row.y - group.y - r);
+      apply_rules(rules, scores.at(r, row.window_row[r]), columns, x, row.z - group.z, row.y - group.y - r,
+                  maxima ? maxima + r * kLanes<Real> : nullptr);
   }
 }
 

@@ -82,6 +82,7 @@ struct BackwardItem {
   Tokens<T> dq;
   Tokens<Real> dk, dv;
   ScoreRules<Real> rules;
+  bool owns_keys;  // nothing else adds to its keys, and nothing has yet: no need to clear them
 
   void run();
 
@@ -99,7 +100,7 @@ struct BackwardItem {
                     int x, int count);
   template <int kVectors>
   void key_pair(const KeyRow& row, const Scores<Real>& weights, const Real* tokens, int64_t width, Real* sum, int column,
-                int count);
+                SeeingLanes lanes);
 };
 
 template <class T, class Real>
@@ -137,14 +138,18 @@ template <class T, class Real>
 void BackwardItem<T, Real>::add_to(const Tokens<Real>& sum, const Real* row, int z, int y, int channels, int64_t width,
                                    Real factor) {
   if (!sum) return;
-  for (int i = 0; i < columns.count; ++i, row += width) {
-    const int source = columns.sources[i];
-    if (source < 0) continue;
-    Real* to = sum.at(z, y, source);
+  auto add = [&](int i, bool overwrite) {
+    Real* to = sum.at(z, y, columns.sources[i]);
     for_each_vector<Real>(channels, [&](int d, int lanes) {
-      store_up_to<Real>(to + d, load_up_to<Real>(to + d, lanes) + load<Vec<Real>>(row + d) * factor, lanes);
+      const Vec<Real> more = load<Vec<Real>>(row + i * width + d) * factor;
+      store_up_to<Real>(to + d, overwrite ? more : load_up_to<Real>(to + d, lanes) + more, lanes);
     });
-  }
+  };
+  const int first = columns.begin < 0 ? -columns.begin : 0;  // columns [first, last) are where they belong
+  const int last = columns.count < columns.extent - columns.begin ? columns.count : columns.extent - columns.begin;
+  for (int i = first; i < last; ++i) add(i, owns_keys);
+  for (int i = 0; i < columns.count; i = i + 1 == first ? last : i + 1)
+    if ((i < first || i >= last) && columns.sources[i] >= 0) add(i, false);
 }
 
 template <class T, class Real>
@@ -168,7 +173,7 @@ void BackwardItem<T, Real>::block(const RowGroup& group, int x, int count) {
   const int64_t size = l.dim * kLanes<Real>, size_v = l.dim_v * kLanes<Real>;
   const int column = x - item.x.begin;
   // See the forward pass: the next group's rows, and those that this one will write.
-  const KeyRow& last = group.key_rows[group.num_key_rows - 1];
+  const KeyRow &first = group.key_rows[0], &last = group.key_rows[group.num_key_rows - 1];
   auto prefetch_inputs = [&](int i, int n) {
     const int begin = x + count * i / n, end = x + count * (i + 1) / n;
     prefetch_rows<0>(k, last.z, last.y + 1, y_axis.extent, begin, end, p.head_dim);
@@ -180,14 +185,16 @@ void BackwardItem<T, Real>::block(const RowGroup& group, int x, int count) {
     prefetch_rows<0>(dout, group.z, group.y + kRows, item.y.end, begin, end, p.head_dim_v);
     prefetch_rows<0>(out, group.z, group.y + kRows, item.y.end, begin, end, p.head_dim_v);
     if (dq) prefetch_rows<1>(dq, group.z, group.y, item.y.end, begin, end, p.head_dim);
+    if (dk) prefetch_rows<1>(dk, first.z, first.y, y_axis.extent, begin, end, p.head_dim);  // soon to retire
+    if (dv) prefetch_rows<1>(dv, first.z, first.y, y_axis.extent, begin, end, p.head_dim_v);
   };
   compute_scores<Real>(
-      group, p_scores, scratch.queries, p.head_dim, size, l.pitch, count,
+      group, p_scores, scratch.queries, p.head_dim, size, l.pitch, count, nullptr,
       [&](const KeyRow& row) { return scratch.keys + row.slot * l.transposed_size(l.dim) + column; }, prefetch_inputs);
   compute_scores<Real>(
-      group, ds_scores, scratch.douts, p.head_dim_v, size_v, l.pitch, count,
+      group, ds_scores, scratch.douts, p.head_dim_v, size_v, l.pitch, count, nullptr,
       [&](const KeyRow& row) { return scratch.values + row.slot * l.transposed_size(l.dim_v) + column; }, prefetch_others);
-  apply_rules(rules, group, p_scores, columns, x);
+  apply_rules<Real>(rules, group, p_scores, columns, x, nullptr);
   softmax(group, p_scores, ds_scores, x, count);
   if (l.bias_size > 0) bias_gradient(group, ds_scores, x, count);
   for (int lane = 0; dq && lane < count; lane += 2)
@@ -273,18 +280,20 @@ void BackwardItem<T, Real>::key_gradient(const RowGroup& group, const Scores<Rea
   for (int i = 0; i < group.num_key_rows; ++i) {
     const KeyRow& row = group.key_rows[i];
     Real* sum = sums + row.slot * l.natural_size(width) + (x - item.x.begin) * width;
-    for (int column = 0; column < last; column += 2)
+    for (int column = 0; column < last; column += 2) {
+      const SeeingLanes lanes = SeeingLanes::of(column, x_axis.window, count);
       for_each_vector_block(int(width) / kLanes<Real>, [&](int vector, auto vectors) {
         const int channel = vector * kLanes<Real>;
-        key_pair<vectors>(row, weights, tokens + channel, width, sum + column * width + channel, column, count);
+        key_pair<vectors>(row, weights, tokens + channel, width, sum + column * width + channel, column, lanes);
       });
+    }
   }
 }
 
 template <class T, class Real>
 template <int kVectors>
 void BackwardItem<T, Real>::key_pair(const KeyRow& row, const Scores<Real>& weights, const Real* tokens, int64_t width,
-                                     Real* sum, int column, int count) {
+                                     Real* sum, int column, SeeingLanes lanes) {
   KeyPair<Real, kVectors> acc;
 #pragma GCC unroll 4
   for (int n = 0; n < kVectors; ++n) {
@@ -292,8 +301,8 @@ void BackwardItem<T, Real>::key_pair(const KeyRow& row, const Scores<Real>& weig
     acc[1][n] = load<Vec<Real>>(sum + width + n * kLanes<Real>);
   }
   for (int r = row.first; r < row.last; ++r)
-    add_query_row<Real, kVectors>(acc, weights.at(r, row.window_row[r]), tokens + r * width * kLanes<Real>, width, column,
-                                  x_axis.window, count);
+    add_query_row<Real, kVectors>(acc, weights.at(r, row.window_row[r], column), tokens + r * width * kLanes<Real>, width,
+                                  lanes);
 #pragma GCC unroll 4
   for (int n = 0; n < kVectors; ++n) {
     store(sum + n * kLanes<Real>, acc[0][n]);
@@ -322,7 +331,7 @@ void backward_item(const Problem& p, const BackwardArgs& args, const Layout<Real
                           tokens<T>(p, args.dq, item.batch, head, item.residue),
                           tokens<Real>(p, shared.dk, item.batch, item.head, item.residue),
                           tokens<Real>(p, shared.dv, item.batch, item.head, item.residue),
-                          {bias, p.axes, x.causal}}.run();
+                          {bias, p.axes, x.causal}, l.owns_keys() && i == 0}.run();
     Real* dbias = shared.dbias + ((head * p.batch + item.batch) * items + index % items) * l.bias_size;
     for (int64_t e = 0; e < l.bias_size; ++e) dbias[e] = sum_lanes(load<Vec<Real>>(scratch.dbias + e * kLanes<Real>));
   }
@@ -358,10 +367,11 @@ void backward_typed(const Problem& p, const BackwardArgs& args, const Executor& 
   Arena shared_arena(workspace), counter(nullptr);
   const Shared<T, Real> shared(p, args, l, shared_arena);
   BackwardScratch<T, Real>(l, counter);
-  for_each_key(p, executor, [&](int64_t batch, Int3 token, int head) {
-    if (shared.dk) clear(pointer<Real>(shared.dk) + offset(shared.dk, batch, token, head), p.head_dim);
-    if (shared.dv) clear(pointer<Real>(shared.dv) + offset(shared.dv, batch, token, head), p.head_dim_v);
-  });
+  if (!l.owns_keys())
+    for_each_key(p, executor, [&](int64_t batch, Int3 token, int head) {
+      if (shared.dk) clear(pointer<Real>(shared.dk) + offset(shared.dk, batch, token, head), p.head_dim);
+      if (shared.dv) clear(pointer<Real>(shared.dv) + offset(shared.dv, batch, token, head), p.head_dim_v);
+    });
   const int64_t items = p.batch * p.heads_kv * l.schedule.items_per_head();
   if (p.has_bias) clear(shared.dbias, p.heads * p.batch * l.schedule.items_per_head() * l.bias_size);
   const int strips = l.schedule.num_strips > 1 ? 2 : 1, bands = l.schedule.num_bands > 1 ? 2 : 1;

@@ -48,7 +48,8 @@ struct ForwardItem {
 
   void run();
   void block(const RowGroup& group, int x, int count);
-  void softmax(const RowGroup& group, const Scores<Real>& scores, int x, int count, Real (&inverse)[kRows][kLanes<Real>]);
+  void softmax(const RowGroup& group, const Scores<Real>& scores, int x, int count, const Real* maxima,
+               Real (&inverse)[kRows][kLanes<Real>]);
   template <int kVectors>
   void values(const RowGroup& group, const Scores<Real>& scores, int x, int lane, int count, int channel,
               const Real (&inverse)[kRows][kLanes<Real>]);
@@ -89,10 +90,11 @@ void ForwardItem<T, Real>::block(const RowGroup& group, int x, int count) {
     prefetch_rows<0>(q, group.z, group.y + kRows, item.y.end, begin, end, p.head_dim);
     prefetch_rows<1>(out, group.z, group.y, item.y.end, begin, end, p.head_dim_v);
   };
-  compute_scores<Real>(group, scores, scratch.queries, p.head_dim, query_stride, l.pitch, count, keys, prefetch);
-  apply_rules(rules, group, scores, columns, x);
-  alignas(64) Real inverse[kRows][kLanes<Real>];
-  softmax(group, scores, x, count, inverse);
+  alignas(64) Real maxima[kRows * kLanes<Real>], inverse[kRows][kLanes<Real>];
+  for (Real& m : maxima) m = -INFINITY;
+  compute_scores(group, scores, scratch.queries, p.head_dim, query_stride, l.pitch, count, maxima, keys, prefetch);
+  apply_rules(rules, group, scores, columns, x, maxima);
+  softmax(group, scores, x, count, maxima, inverse);
   for (int lane = 0; lane < count; lane += 2)
     for_each_vector_block(l.dim_v / kLanes<Real>, [&](int vector, auto vectors) {
       values<vectors>(group, scores, x, lane, count, vector * kLanes<Real>, inverse);
@@ -101,29 +103,23 @@ void ForwardItem<T, Real>::block(const RowGroup& group, int x, int count) {
 
 template <class T, class Real>
 void ForwardItem<T, Real>::softmax(const RowGroup& group, const Scores<Real>& scores, int x, int count,
-                                   Real (&inverse)[kRows][kLanes<Real>]) {
+                                   const Real* maxima, Real (&inverse)[kRows][kLanes<Real>]) {
   using V = Vec<Real>;
   for (int r = 0; r < group.count; ++r) {
     Real* s = scores.at(r, 0);
     const int64_t slots = int64_t{group.seen[r]} * x_axis.window;
-    V m0 = broadcast<V>(Real(-INFINITY)), m1 = m0, sum0 = {}, sum1 = {};
-    for (int64_t i = 0; i + 1 < slots; i += 2) {
-      m0 = max(load<V>(s + i * kLanes<Real>), m0);
-      m1 = max(load<V>(s + (i + 1) * kLanes<Real>), m1);
-    }
-    if (slots % 2) m0 = max(load<V>(s + (slots - 1) * kLanes<Real>), m0);
-    V m = max(m0, m1);
+    V m = load<V>(maxima + r * kLanes<Real>), sum0 = {}, sum1 = {};
     m = select(m == Real(-INFINITY), V{}, m);
-    for (int64_t i = 0; i + 1 < slots; i += 2) {
-      const V e0 = exp2<Real>(load<V>(s + i * kLanes<Real>) - m), e1 = exp2<Real>(load<V>(s + (i + 1) * kLanes<Real>) - m);
-      store(s + i * kLanes<Real>, e0);
-      store(s + (i + 1) * kLanes<Real>, e1);
+    for (int64_t i = 0; i + 1 < slots; i += 2, s += 2 * kLanes<Real>) {
+      const V e0 = exp2<Real>(load<V>(s) - m), e1 = exp2<Real>(load<V>(s + kLanes<Real>) - m);
+      store(s, e0);
+      store(s + kLanes<Real>, e1);
       sum0 += e0;
       sum1 += e1;
     }
     if (slots % 2) {
-      const V e = exp2<Real>(load<V>(s + (slots - 1) * kLanes<Real>) - m);
-      store(s + (slots - 1) * kLanes<Real>, e);
+      const V e = exp2<Real>(load<V>(s) - m);
+      store(s, e);
       sum0 += e;
     }
     const V sum = sum0 + sum1;

@@ -40,6 +40,8 @@ struct Layout {
     score_stride = (schedule.window.volume() + 5) * kLanes<Real>;
     bias_size = bias_entries(p);
   }
+  /// Each key belongs to one item of the backward pass.
+  bool owns_keys() const { return schedule.num_bands == 1 && schedule.num_strips == 1; }
   static int round_up(int n) { return (n + kLanes<Real> - 1) / kLanes<Real> * kLanes<Real>; }
   int64_t transposed_size(int channels) const { return channels * pitch; }
   int64_t natural_size(int channels) const { return (schedule.columns() + 1) * int64_t{channels} + kLanes<Real>; }

@@ -3,6 +3,10 @@
 // arithmetic reads like arithmetic. Each kernel file is compiled once per instruction set with NATTEN_ISA naming its
 // namespace; nothing in these headers may exist outside of it, or the linker could hand AVX-512 code to another copy.
 #pragma once
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 #include <iterator>
@@ -119,6 +123,14 @@ struct Exp2<double> {  // Taylor, degree 13: ln(2)^i / i!
 template <class Real>
 NATTEN_INLINE Vec<Real> exp2(Vec<Real> x) {
   using E = Exp2<Real>;
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<Real, float>) {  // rounding and scaling are instructions here
+    const Vec<Real> n = _mm512_maskz_roundscale_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT), r = x - n;
+    Vec<Real> p = broadcast<Vec<Real>>(E::kCoefficients[0]);
+    for (int i = 1; i < int(std::size(E::kCoefficients)); ++i) p = p * r + E::kCoefficients[i];
+    return _mm512_maskz_scalef_ps(0xffff, p, n);
+  }
+#endif
   using Bits = typename VectorType<typename E::Int, kLanes<Real>>::type;
   x = max(broadcast<Vec<Real>>(Real(-E::kBias)), x);
   const Vec<Real> shifted = x + Real(E::kRound + E::kBias);
