@@ -21,7 +21,7 @@ HEAD_DIM = 32
 class Block(nn.Module):
     """Pre-norm attention and MLP, each with a residual; [B, y, x, dim] in and out."""
 
-    def __init__(self, dim: int, kernel_size: int, dilation: int, mlp_ratio: int = 2) -> None:
+    def __init__(self, dim: int, kernel_size: int, dilation: int, mlp_ratio: int = 1) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attention = NeighborhoodAttention2D(

@@ -99,10 +99,9 @@ def _draw_window(ax: Axes, index, keys: np.ndarray, weights: np.ndarray, tokens:
 def _window_title(head: int, attention, index, window: Window, tokens: np.ndarray) -> str:
     size, dilation = attention.kernel_size[0], attention.dilation[0]
     keys, weights = _own_share(index, window, tokens)
-    name = CLASSES[tokens[tuple(index)]].replace("_", " ")
     return (
-        f"window {size}x{size}, dilation {dilation}, head {head + 1}: {weights[head]:.0%} of the weight\n"
-        f"on the query's texture ({name}), {keys:.0%} of the keys"
+        f"one query: window {size}x{size}, dilation {dilation}, head {head + 1}\n"
+        f"{weights[head]:.0%} of the weight on its texture, {keys:.0%} of the keys"
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from data import CLASSES, Mosaics
-from model import Segmenter
+from model import PATCH, Segmenter
 from picture import draw
 from rich.console import Console
 from rich.table import Table
@@ -27,7 +27,7 @@ WARMUP = 0.1  # share of the steps in which the learning rate rises
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=480)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=4, help="scenes per step")
     parser.add_argument("--dim", type=int, default=64, help="channels, a multiple of 32")
     parser.add_argument("--lr", type=float, default=3e-3)
@@ -40,7 +40,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 means autocast")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="writes OUT.png and OUT.json")
     parser.add_argument("--control", action="store_true", help="window 1 and no dilation in every block")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.size % PATCH or args.size < 32:
+        parser.error(f"--size {args.size} must be a multiple of {PATCH}, at least 32")
+    return args
 
 
 def choose_device(name: str) -> torch.device:
@@ -127,6 +130,7 @@ def report(accuracy: float, iou: torch.Tensor, seconds: float, args: argparse.Na
 def main(argv: list[str] | None = None) -> dict:
     """Trains, tests, draws; returns what demo.json holds."""
     args = parse_arguments(argv)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     device = choose_device(args.device)
     kernel_size, dilations = (1, [1] * len(args.dilations)) if args.control else (args.kernel_size, args.dilations)
