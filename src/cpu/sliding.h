@@ -122,7 +122,7 @@ void pack_rows(const Tokens<const T>& from, int z, int y, const Columns& columns
   }
 }
 
-/// The queries of one block: [channel][lane], times `factor`. Lanes behind the last query repeat it.
+/// The queries of one block: [channel][lane], times `factor`. Lanes behind the last of `count` queries repeat it.
 template <class Real, class T>
 NATTEN_INLINE void pack_queries(const Tokens<const T>& from, int z, int y, int x, int count, int channels, Real factor,
                                 Real* to) {
@@ -171,12 +171,17 @@ class RowRing {
   int planes_, rows_;
 };
 
-/// Up to kRows query rows, the key rows that any of them sees, and how many each of them sees.
+/// Up to kRows query rows, the key rows that any of them sees, and how many each of them sees. In a grid of one row the
+/// "rows" that share each loaded key are neighbouring blocks of lanes instead, `lane_step` columns apart.
 struct RowGroup {
   int z, y, count;
   KeyRow* key_rows;
   int num_key_rows;
   int seen[kRows];  ///< key rows of each query row
+  int lane_step = 0;
+
+  int y_of(int r) const { return lane_step > 0 ? y : y + r; }
+  int x_of(int r, int x) const { return x + r * lane_step; }
 };
 
 template <class Pack, class Evict>
@@ -200,6 +205,37 @@ NATTEN_INLINE void fill_group(RowGroup& group, const Axis& z_axis, const Axis& y
     }
 }
 
+/// Calls f(group, x, count) for the blocks of a group's query rows in columns [x.begin, x.end): a block of lanes of each
+/// row or, if there is one row only, kRows blocks of it.
+template <class Real, class F>
+NATTEN_INLINE void for_each_block(const RowGroup& group, bool single_row, Span x, F&& f) {
+  const int lanes = kLanes<Real>, step = single_row ? kRows * lanes : lanes;
+  for (int begin = x.begin; begin < x.end; begin += step) {
+    const int count = x.end - begin < step ? x.end - begin : step;
+    RowGroup part = group;
+    if (single_row && count > lanes) {
+      part.count = (count + lanes - 1) / lanes;
+      part.lane_step = lanes;
+      for (int i = 0; i < part.num_key_rows; ++i)
+        for (int r = 1; r < part.count; ++r) part.key_rows[i].window_row[r] = part.key_rows[i].window_row[0];
+    }
+    f(part, begin, count);
+  }
+}
+
+/// Calls f(group, r, x, count) for what shares nothing but scores: the whole group, or each of its blocks of lanes.
+template <class Real, class F>
+NATTEN_INLINE void for_each_part(const RowGroup& group, int x, int count, F&& f) {
+  if (group.lane_step == 0) return f(group, 0, x, count);
+  for (int r = 0; r < group.count; ++r) {
+    RowGroup part = group;
+    part.count = 1;
+    part.lane_step = 0;
+    const int rest = count - r * group.lane_step;
+    f(part, r, group.x_of(r, x), rest < kLanes<Real> ? rest : kLanes<Real>);
+  }
+}
+
 // --- scores ----------------------------------------------------------------------------------------------------------------
 
 /// S of one block of lanes: [row of the group][key row of its window][slot][lane].
@@ -211,7 +247,25 @@ struct Scores {
   Real* at(int r, int window_row, int slot = 0) const {
     return data + r * row_stride + (int64_t{window_row} * window + slot) * kLanes<Real>;
   }
+  Scores from_row(int r) const { return {data + r * row_stride, row_stride, window}; }
 };
+
+/// Calls f(rows, columns) for runs of key columns that the same rows of the group see.
+template <class F>
+NATTEN_INLINE void for_each_segment(const RowGroup& group, const KeyRow& row, int window, F&& f) {
+  if (group.lane_step == 0) return f(Span{row.first, row.last}, Span{0, window});
+  // Row r sees columns r * lane_step + [0, window): staggered spans, cut wherever one of them begins or ends.
+  Span rows{0, 1};
+  for (int c = 0; rows.begin < group.count;) {
+    const int next_begin = rows.end < group.count ? rows.end * group.lane_step : INT32_MAX;
+    const int next_end = rows.begin * group.lane_step + window;
+    const int next = next_begin < next_end ? next_begin : next_end;
+    if (rows.size() > 0) f(rows, Span{c, next});
+    c = next;
+    if (next == next_end) ++rows.begin;
+    if (next == next_begin) ++rows.end;
+  }
+}
 
 /// `keys(row)` is the transposed key row at the column of lane 0 and slot 0; `queries` [row][channel][lane]; `maxima` as in
 /// scores_block, for the rows of the group. Asks
@@ -220,20 +274,22 @@ template <class V, class Real, class Keys, class Prefetch>
 NATTEN_INLINE void compute_scores_wide(const RowGroup& group, const Scores<Real>& scores, const Real* queries,
                                        int channels, int64_t query_stride, int64_t pitch, Real* maxima, Keys&& keys,
                                        Prefetch&& prefetch) {
-  const int chunks = (scores.window + kMaxSlots - 1) / kMaxSlots;
   for (int i = 0; i < group.num_key_rows; ++i) {
     const KeyRow& row = group.key_rows[i];
     const Real* kt = keys(row);
     prefetch(i, group.num_key_rows);
-    for (int chunk = 0, slot = 0; chunk < chunks; ++chunk) {
-      const int slots = (scores.window - slot + chunks - chunk - 1) / (chunks - chunk);
-      Real* to[kRows];
-      for (int r = row.first; r < row.last; ++r) to[r - row.first] = scores.at(r, row.window_row[r], slot);
-      scores_block_for<Real, V>(row.last - row.first, slots)(queries + row.first * query_stride, query_stride, kt + slot,
-                                                             pitch, channels, to,
-                                                             maxima ? maxima + row.first * kLanes<Real> : nullptr);
-      slot += slots;
-    }
+    for_each_segment(group, row, scores.window, [&](Span rows, Span columns) {
+      const int chunks = (columns.size() + kMaxSlots - 1) / kMaxSlots;
+      for (int chunk = 0, c = columns.begin; chunk < chunks; ++chunk) {
+        const int slots = (columns.end - c + chunks - chunk - 1) / (chunks - chunk);
+        Real* to[kRows];
+        for (int r = rows.begin; r < rows.end; ++r)
+          to[r - rows.begin] = scores.at(r, row.window_row[r], c - r * group.lane_step);
+        scores_block_for<Real, V>(rows.size(), slots)(queries + rows.begin * query_stride, query_stride, kt + c, pitch,
+                                                      channels, to, maxima ? maxima + rows.begin * kLanes<Real> : nullptr);
+        c += slots;
+      }
+    });
   }
 }
 

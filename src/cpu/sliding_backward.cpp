@@ -92,7 +92,10 @@ struct BackwardItem {
   void add_to(const Tokens<Real>& sum, const Real* row, int z, int y, int channels, int64_t width, Real factor);
   void block(const RowGroup& group, int x, int count);
   void pack_block(const RowGroup& group, int x, int count);
-  void softmax(const RowGroup& group, const Scores<Real>& p_scores, const Scores<Real>& ds_scores, int x, int count);
+  void finish(const RowGroup& group, const Scores<Real>& p_scores, const Scores<Real>& ds_scores, const Real* query_rows,
+              const Real* dout_rows, int x, int count);
+  void softmax(const RowGroup& group, const Scores<Real>& p_scores, const Scores<Real>& ds_scores, const Real* dout_rows,
+               int x, int count);
   void bias_gradient(const RowGroup& group, const Scores<Real>& ds_scores, int x, int count);
   template <int kVectors>
   void query_gradient(const RowGroup& group, const Scores<Real>& ds_scores, int x, int lane, int count, int channel);
@@ -113,8 +116,8 @@ void BackwardItem<T, Real>::run() {
     for (int y = item.y.begin; y < item.y.end; y += kRows) {
       RowGroup group{z, y, item.y.end - y < kRows ? item.y.end - y : kRows, scratch.key_rows, 0, {}};
       fill_group(group, z_axis, y_axis, ring, pack_row, retire_row);
-      for (int x = item.x.begin; x < item.x.end; x += kLanes<Real>)
-        block(group, x, item.x.end - x < kLanes<Real> ? item.x.end - x : kLanes<Real>);
+      for_each_block<Real>(group, y_axis.extent == 1, item.x,
+                           [&](const RowGroup& part, int x, int count) { block(part, x, count); });
     }
   ring.evict_all(retire_row);
 }
@@ -156,12 +159,13 @@ template <class T, class Real>
 void BackwardItem<T, Real>::pack_block(const RowGroup& group, int x, int count) {
   const int64_t size = l.dim * kLanes<Real>, size_v = l.dim_v * kLanes<Real>;
   for (int r = 0; r < group.count; ++r) {
-    const int y = group.y + r;
-    pack_queries(q, group.z, y, x, count, p.head_dim, Real(p.scale * kLog2E), scratch.queries + r * size);
-    pack_queries(dout, group.z, y, x, count, p.head_dim_v, Real(1), scratch.douts + r * size_v);
-    for (int lane = 0; lane < count; ++lane) {
-      pack_token(q.at(group.z, y, x + lane), p.head_dim, scratch.query_rows + r * size + lane * l.dim);
-      pack_token(dout.at(group.z, y, x + lane), p.head_dim_v, scratch.dout_rows + r * size_v + lane * l.dim_v);
+    const int y = group.y_of(r), begin = group.x_of(r, x);
+    const int lanes = count - r * group.lane_step < kLanes<Real> ? count - r * group.lane_step : kLanes<Real>;
+    pack_queries(q, group.z, y, begin, lanes, p.head_dim, Real(p.scale * kLog2E), scratch.queries + r * size);
+    pack_queries(dout, group.z, y, begin, lanes, p.head_dim_v, Real(1), scratch.douts + r * size_v);
+    for (int lane = 0; lane < lanes; ++lane) {
+      pack_token(q.at(group.z, y, begin + lane), p.head_dim, scratch.query_rows + r * size + lane * l.dim);
+      pack_token(dout.at(group.z, y, begin + lane), p.head_dim_v, scratch.dout_rows + r * size_v + lane * l.dim_v);
     }
   }
 }
@@ -194,27 +198,36 @@ void BackwardItem<T, Real>::block(const RowGroup& group, int x, int count) {
   compute_scores<Real>(
       group, ds_scores, scratch.douts, p.head_dim_v, size_v, l.pitch, count, nullptr,
       [&](const KeyRow& row) { return scratch.values + row.slot * l.transposed_size(l.dim_v) + column; }, prefetch_others);
+  for_each_part<Real>(group, x, count, [&](const RowGroup& part, int r, int part_x, int part_count) {
+    finish(part, p_scores.from_row(r), ds_scores.from_row(r), scratch.query_rows + r * size, scratch.dout_rows + r * size_v,
+           part_x, part_count);
+  });
+}
+
+template <class T, class Real>
+void BackwardItem<T, Real>::finish(const RowGroup& group, const Scores<Real>& p_scores, const Scores<Real>& ds_scores,
+                                   const Real* query_rows, const Real* dout_rows, int x, int count) {
   apply_rules<Real>(rules, group, p_scores, columns, x, nullptr);
-  softmax(group, p_scores, ds_scores, x, count);
+  softmax(group, p_scores, ds_scores, dout_rows, x, count);
   if (l.bias_size > 0) bias_gradient(group, ds_scores, x, count);
   for (int lane = 0; dq && lane < count; lane += 2)
     for_each_vector_block(l.dim / kLanes<Real>, [&](int vector, auto vectors) {
       query_gradient<vectors>(group, ds_scores, x, lane, count, vector * kLanes<Real>);
     });
-  key_gradient(group, ds_scores, scratch.query_rows, l.dim, scratch.dk, x, count);
-  key_gradient(group, p_scores, scratch.dout_rows, l.dim_v, scratch.dv, x, count);
+  key_gradient(group, ds_scores, query_rows, l.dim, scratch.dk, x, count);
+  key_gradient(group, p_scores, dout_rows, l.dim_v, scratch.dv, x, count);
 }
 
 template <class T, class Real>
 void BackwardItem<T, Real>::softmax(const RowGroup& group, const Scores<Real>& p_scores, const Scores<Real>& ds_scores,
-                                    int x, int count) {
+                                    const Real* dout_rows, int x, int count) {
   using V = Vec<Real>;
   for (int r = 0; r < group.count; ++r) {
     alignas(64) Real base2_lse[kLanes<Real>] = {}, delta[kLanes<Real>] = {};
     for (int lane = 0; lane < count; ++lane) {
       const Real natural = *lse.at(group.z, group.y + r, x + lane);
       base2_lse[lane] = natural == Real(-INFINITY) ? Real(INFINITY) : natural * Real(kLog2E);
-      const Real* dout_row = scratch.dout_rows + r * int64_t{l.dim_v} * kLanes<Real> + lane * l.dim_v;
+      const Real* dout_row = dout_rows + (r * kLanes<Real> + lane) * int64_t{l.dim_v};
       delta[lane] = dot(dout_row, out.at(group.z, group.y + r, x + lane), p.head_dim_v);
       if (dlse) delta[lane] -= *dlse.at(group.z, group.y + r, x + lane);
     }

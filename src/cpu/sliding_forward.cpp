@@ -48,6 +48,7 @@ struct ForwardItem {
 
   void run();
   void block(const RowGroup& group, int x, int count);
+  void finish(const RowGroup& group, const Scores<Real>& scores, int x, int count, Real* maxima);
   void softmax(const RowGroup& group, const Scores<Real>& scores, int x, int count, const Real* maxima,
                Real (&inverse)[kRows][kLanes<Real>]);
   template <int kVectors>
@@ -67,8 +68,8 @@ void ForwardItem<T, Real>::run() {
     for (int y = item.y.begin; y < item.y.end; y += kRows) {
       RowGroup group{z, y, item.y.end - y < kRows ? item.y.end - y : kRows, scratch.key_rows, 0, {}};
       fill_group(group, z_axis, y_axis, ring, pack, evict);
-      for (int x = item.x.begin; x < item.x.end; x += kLanes<Real>)
-        block(group, x, item.x.end - x < kLanes<Real> ? item.x.end - x : kLanes<Real>);
+      for_each_block<Real>(group, y_axis.extent == 1, item.x,
+                           [&](const RowGroup& part, int x, int count) { block(part, x, count); });
     }
 }
 
@@ -76,7 +77,8 @@ template <class T, class Real>
 void ForwardItem<T, Real>::block(const RowGroup& group, int x, int count) {
   const int64_t query_stride = l.dim * kLanes<Real>;
   for (int r = 0; r < group.count; ++r)
-    pack_queries(q, group.z, group.y + r, x, count, p.head_dim, Real(p.scale * kLog2E), scratch.queries + r * query_stride);
+    pack_queries(q, group.z, group.y_of(r), group.x_of(r, x), count - r * group.lane_step, p.head_dim,
+                 Real(p.scale * kLog2E), scratch.queries + r * query_stride);
   const Scores<Real> scores{scratch.scores, l.score_stride, x_axis.window};
   auto keys = [&](const KeyRow& row) {
     return scratch.keys + row.slot * l.transposed_size(l.dim) + x - item.x.begin;
@@ -90,9 +92,17 @@ void ForwardItem<T, Real>::block(const RowGroup& group, int x, int count) {
     prefetch_rows<0>(q, group.z, group.y + kRows, item.y.end, begin, end, p.head_dim);
     prefetch_rows<1>(out, group.z, group.y, item.y.end, begin, end, p.head_dim_v);
   };
-  alignas(64) Real maxima[kRows * kLanes<Real>], inverse[kRows][kLanes<Real>];
+  alignas(64) Real maxima[kRows * kLanes<Real>];
   for (Real& m : maxima) m = -INFINITY;
   compute_scores(group, scores, scratch.queries, p.head_dim, query_stride, l.pitch, count, maxima, keys, prefetch);
+  for_each_part<Real>(group, x, count, [&](const RowGroup& part, int r, int part_x, int part_count) {
+    finish(part, scores.from_row(r), part_x, part_count, maxima + r * kLanes<Real>);
+  });
+}
+
+template <class T, class Real>
+void ForwardItem<T, Real>::finish(const RowGroup& group, const Scores<Real>& scores, int x, int count, Real* maxima) {
+  alignas(64) Real inverse[kRows][kLanes<Real>];
   apply_rules(rules, group, scores, columns, x, maxima);
   softmax(group, scores, x, count, maxima, inverse);
   for (int lane = 0; lane < count; lane += 2)
