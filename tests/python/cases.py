@@ -20,7 +20,7 @@ INPUTS = ("q", "k", "v", "bias", "extra_k", "extra_v")
 # Max error over max |reference|. The half types follow FlashAttention's rule instead: at most twice the error of the
 # dense computation in the same type, beside the rounding of the result itself.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-# Inputs have variance one. These are the sums of differences P * (dP - delta), which may cancel to nothing (at window 1
+# Inputs have variance one. These are sums of differences P * (dP - delta), which may cancel to nothing (at window 1
 # they do), and are then measured against what has cancelled.
 DIFFERENCES = ("dq", "dk", "dbias", "dextra_k")
 
@@ -150,17 +150,22 @@ def expected_of(function, inputs, lse_gradient=True):
     return exact, results_of(function, inputs, dtype, lse_gradient) if dtype in HALVES else None
 
 
-def scale_of(name, reference):
-    return max(float(reference.abs().max()), 1.0 if name in DIFFERENCES else 0.1) if reference.numel() else 1.0
+def scale_of(name, exact):
+    """The largest number of a reference, or what that would be in a problem without degenerate windows."""
+    smallest = 1.0 if name in DIFFERENCES else 0.1
+    if name == "dbias":  # sums over all queries
+        smallest = exact["lse"][..., 0].numel() ** 0.5
+    return max(float(exact[name].abs().max()), smallest)
 
 
 def errors_of(results, exact):
     """Largest error of each result, relative to the largest number of its reference."""
-    errors = {}
-    for name, reference in exact.items():
-        largest = float((results[name].double() - reference).abs().max()) if reference.numel() else 0.0
-        errors[name] = largest / scale_of(name, reference)
-    return errors
+    return {
+        name: float((results[name].double() - reference).abs().max()) / scale_of(name, exact)
+        if reference.numel()
+        else 0.0
+        for name, reference in exact.items()
+    }
 
 
 def allowed_errors(exact, same, dtype):

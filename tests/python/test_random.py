@@ -32,7 +32,7 @@ def axes(draw, rank):
 @st.composite
 def problems(draw):
     grid, window, stride, dilation, causal = draw(axes(draw(st.integers(1, 3))))
-    heads_kv = draw(st.integers(1, 3))
+    heads_kv, head_dim = draw(st.integers(1, 3)), draw(st.integers(1, 40))
     return Case(
         grid,
         window,
@@ -42,11 +42,11 @@ def problems(draw):
         batch=draw(st.integers(1, 3)),
         heads=heads_kv * draw(st.integers(1, 3)),
         heads_kv=heads_kv,
-        head_dim=draw(st.integers(1, 40)),
+        head_dim=head_dim,
         head_dim_v=draw(st.one_of(st.just(0), st.integers(1, 40))),
         extra=draw(st.one_of(st.just(0), st.integers(1, 20))),
         bias=draw(st.booleans()),
-        scale=draw(st.sampled_from([None, None, 0.3, -1.0])),
+        scale=draw(st.sampled_from([None, 0.0, 0.5 * head_dim**-0.5, -(head_dim**-0.5)])),
     )
 
 
