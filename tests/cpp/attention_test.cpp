@@ -40,7 +40,7 @@ void run_best_forward(Operands& operands) {
 void check_forward(const Case& c, DType dtype) {
   SCOPED_TRACE(c.name + " " + test::to_string(dtype));
   Operands operands(c, dtype, kSeed);
-  const test::Reference reference(c, operands);
+  const test::Reference reference(operands);
   for (const Plan& plan : plans(operands.problem, Pass::forward)) {
     SCOPED_TRACE(natten::to_string(plan));
     run(operands, Pass::forward, plan);
@@ -51,7 +51,7 @@ void check_forward(const Case& c, DType dtype) {
 void check_backward(const Case& c, DType dtype) {
   SCOPED_TRACE(c.name + " " + test::to_string(dtype));
   Operands operands(c, dtype, kSeed);
-  const test::Reference reference(c, operands);
+  const test::Reference reference(operands);
   run_best_forward(operands);
   for (const Plan& plan : plans(operands.problem, Pass::backward)) {
     SCOPED_TRACE(natten::to_string(plan));

@@ -150,7 +150,9 @@ class Solver {
     const double delta = dot(dout, out, p_.head_dim_v) - (in_.dlse.empty() ? 0.0 : in_.dlse[row]);
     for (size_t j = 0; j < keys.size(); ++j) {
       const Key& key = keys[j];
-      const double ds = rounded(p[j] * (dot(dout, key.v, p_.head_dim_v) - delta), rounding_.scores);
+      const double dp = dot(dout, key.v, p_.head_dim_v);
+      const double ds = rounded(p[j] * (dp - delta), rounding_.scores);
+      res_.max_dp = std::max(res_.max_dp, std::abs(dp));
       for (int c = 0; c < p_.head_dim; ++c) {
         dq[c] += p_.scale * ds * key.k[c];
         key.dk[c] += p_.scale * ds * q[c];

@@ -31,6 +31,7 @@ struct Inputs {
 struct Results {
   Array out, lse, dq, dk, dv, dbias, dextra_k, dextra_v;
   double max_logit = 0.0;  // largest magnitude among finite ones
+  double max_dp = 0.0;     // largest magnitude of <dout, v>
 };
 
 /// Whether a query sees a key, both being tokens of the axis. Windows larger than a dilation group are cut to it.

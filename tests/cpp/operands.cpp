@@ -189,30 +189,36 @@ const dense::Array& result(const dense::Results& results, const std::string& nam
 
 }  // namespace
 
-Reference::Reference(const Case& c, const Operands& operands)
-    : dtype_(operands.problem.dtype), amplitude_(std::max(c.amplitude, 1.0)) {
+Reference::Reference(const Operands& operands)
+    : dtype_(operands.problem.dtype), scale_(operands.problem.scale), inputs_(operands.dense_inputs()) {
   const dense::Problem problem = to_dense(operands.problem);
-  const dense::Inputs inputs = operands.dense_inputs();
-  exact_ = dense::attention(problem, inputs);
+  exact_ = dense::attention(problem, inputs_);
   if (size_of(dtype_) > 2) return;
   const dense::Round round = dtype_ == DType::bf16 ? round_like<DType::bf16> : round_like<DType::f16>;
-  rounded_.push_back(dense::attention(problem, inputs, {.stored = round, .scores = nullptr}));
-  rounded_.push_back(dense::attention(problem, inputs, {.stored = round, .scores = round}));
+  rounded_.push_back(dense::attention(problem, inputs_, {.stored = round, .scores = nullptr}));
+  rounded_.push_back(dense::attention(problem, inputs_, {.stored = round, .scores = round}));
+}
+
+/// The size of the terms of which a result is the sum; they may cancel to nothing.
+double Reference::term(const std::string& name) const {
+  const double k = std::max(largest(inputs_.k), largest(inputs_.extra_k));
+  if (name == "out") return std::max(largest(inputs_.v), largest(inputs_.extra_v));
+  if (name == "lse") return std::max(exact_.max_logit, 1.0);
+  if (name == "dv" || name == "dextra_v") return largest(inputs_.dout);
+  if (name == "dbias") return exact_.max_dp;
+  return std::abs(scale_) * exact_.max_dp * (name == "dq" ? k : largest(inputs_.q));
 }
 
 /// Sums are in float (double for f64), so results are within 1e-5 (1e-12) of the largest one. Three things add to that:
 /// - An error of a logit multiplies the probabilities: 8 roundoffs of the largest logit, where that is more.
-/// - A gradient of the scores is a difference of terms of the size of dout and v, which may cancel to nothing (window
-///   1, saturated softmax). What is left is compared with the size of the terms: hence the lower bound of `size`.
+/// - Where terms cancel (window 1, saturated softmax) their roundoff is left.
 /// - Half types: FlashAttention's rule, twice the error of a dense computation in that precision, at least the rounding
 ///   of the largest result. Where errors of few elements cancel by chance, storing less of it may err more: the larger.
 double Reference::tolerance(const std::string& name) const {
   const dense::Array& exact = result(exact_, name);
   const DType sums = natten::accumulator_of(dtype_);
-  const bool of_keys = name == "dq" || name == "dk" || name == "dextra_k";
-  const double size = std::max(largest(exact), 0.5 * (of_keys ? amplitude_ : 1.0));
   const double relative = std::max(sums == DType::f64 ? 1e-12 : 1e-5, 8.0 * unit_roundoff(sums) * exact_.max_logit);
-  const double in_sums = relative * size;
+  const double in_sums = relative * largest(exact) + 16.0 * unit_roundoff(sums) * term(name);
   if (rounded_.empty() || name == "lse") return in_sums;
   double by_rounding = unit_roundoff(dtype_) * largest(exact);
   for (const dense::Results& rounded : rounded_)

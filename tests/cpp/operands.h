@@ -47,15 +47,17 @@ std::vector<std::vector<std::byte>> snapshot(Operands& operands, natten::Pass pa
 /// What the dense attention gives for these operands, and the error that each result may have.
 class Reference {
  public:
-  Reference(const Case& c, const Operands& operands);
+  explicit Reference(const Operands& operands);
   /// EXPECTs every output of the pass to be as near to the dense attention as its type allows.
   void check(Operands& operands, natten::Pass pass) const;
 
  private:
   double tolerance(const std::string& name) const;
+  double term(const std::string& name) const;
 
   natten::DType dtype_;
-  double amplitude_;
+  double scale_;
+  dense::Inputs inputs_;
   dense::Results exact_;
   std::vector<dense::Results> rounded_;  // for half types: what they do to a dense computation
 };

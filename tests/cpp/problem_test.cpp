@@ -167,10 +167,11 @@ TEST(Validate, RefusesSizesThatCannotBeAddressed) {
       // Nothing to compute, but sizes and strides overflow all the same.
       {[](Problem& p) { p.batch = 0, p.axes[0].extent = p.axes[1].extent = p.axes[2].extent = kBig; }, {"smaller"}},
       {[](Problem& p) { p.batch = INT64_MAX; }, {"smaller"}},
-      {[](Problem& p) { p.head_dim = INT_MAX, p.heads = INT_MAX - 1, p.axes[2].extent = kBig; }, {"smaller"}},
+      {[](Problem& p) { p.heads = INT_MAX - 1; }, {"heads", "2147483646", "at most"}},
+      {[](Problem& p) { p.head_dim = INT_MAX; }, {"head_dim", "2147483647", "at most"}},
       {[](Problem& p) {
          p.axes[1] = p.axes[2] = {}, p.has_bias = false;
-         p.extra_keys = kBig, p.head_dim = INT_MAX, p.batch = 64;
+         p.extra_keys = kBig, p.head_dim = 1 << 20, p.batch = 1 << 20;
        },
        {"smaller"}},
       {[](Problem& p) { p.axes[0].window = p.axes[1].window = p.axes[2].window = kBig; }, {"smaller"}},

@@ -152,7 +152,7 @@ void run_case(const Case& c, DType dtype, uint32_t seed, Generator& random, Coun
   run(operands, Pass::backward, backward, random.executor());
   ++counts.run;
   if (broken || !comparable) return;
-  const test::Reference reference(c, operands);
+  const test::Reference reference(operands);
   reference.check(operands, Pass::forward);
   reference.check(operands, Pass::backward);
   ++counts.compared;
