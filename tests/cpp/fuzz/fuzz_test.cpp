@@ -108,8 +108,8 @@ std::string show(const Case& c, DType dtype) {
   return text.str();
 }
 
-/// By elements of the largest tensor and by logits, in double so that nothing overflows here. Empty problems count as if
-/// they had one token of one sample, for their additional keys and their bias may still be large.
+/// By elements of the largest tensor and by logits, in double so that nothing overflows here. Empty problems count as
+/// if they had one token of one sample, for their additional keys and their bias may still be large.
 bool is_small(const Problem& p) {
   double tokens = 1.0, table = p.heads;
   for (const natten::Axis& a : p.axes) tokens *= std::max(a.extent, 1), table *= 2.0 * a.window - 1.0;
