@@ -70,6 +70,13 @@ struct Columns {
   }
 };
 
+/// Tokens of one head lie a stride apart that no hardware prefetcher follows.
+template <int kWrite, class T>
+NATTEN_INLINE void prefetch_token(const T* token, int channels) {
+  const char* bytes = reinterpret_cast<const char*>(token);
+  for (int64_t b = 0; b < channels * int64_t{sizeof(T)}; b += 64) __builtin_prefetch(bytes + b, kWrite, 2);
+}
+
 // --- packing -------------------------------------------------------------------------------------------------------------
 
 /// kLanes rows of `channels` elements -> [channel][lane] times `factor`, channels `pitch` apart and rounded up to whole
@@ -91,16 +98,17 @@ NATTEN_INLINE void pack_transposed_block(const T* const (&rows)[kLanes<Real>], i
   });
 }
 
-/// A row of keys -> [channel][column]. `zeros` is a row of `channels` zeros.
+/// A row of keys -> [channel][column]. `zeros` is a row of `channels` zeros. Fetches `ahead` columns in advance.
 template <class Real, class T>
 void pack_transposed(const Tokens<const T>& from, int z, int y, const Columns& columns, int channels, const T* zeros,
-                     Real* to, int64_t pitch) {
+                     int ahead, Real* to, int64_t pitch) {
   const T* row = from.at(z, y, 0);
   for (int i = 0; i < columns.count; i += kLanes<Real>) {
     const T* rows[kLanes<Real>];
     for (int l = 0; l < kLanes<Real>; ++l) {
       const int source = columns.sources[i + l];
       rows[l] = source < 0 ? zeros : row + source * from.step_x;
+      if (ahead > 0) prefetch_token<0>(rows[l] + ahead * from.step_x, channels);
     }
     pack_transposed_block<Real>(rows, channels, Real(1), to + i, pitch);
   }
@@ -113,12 +121,14 @@ NATTEN_INLINE void pack_token(const T* from, int channels, Real* to) {
 
 /// A row of keys or values -> [column][channel], with one column more, for the right query of the last pair.
 template <class Real, class T>
-void pack_rows(const Tokens<const T>& from, int z, int y, const Columns& columns, int channels, const T* zeros, Real* to,
-               int64_t width) {
+void pack_rows(const Tokens<const T>& from, int z, int y, const Columns& columns, int channels, const T* zeros,
+               int ahead, Real* to, int64_t width) {
   const T* row = from.at(z, y, 0);
   for (int i = 0; i <= columns.count; ++i) {
     const int source = columns.sources[i];
-    pack_token<Real>(source < 0 ? zeros : row + source * from.step_x, channels, to + i * width);
+    const T* token = source < 0 ? zeros : row + source * from.step_x;
+    if (ahead > 0) prefetch_token<0>(token + ahead * from.step_x, channels);
+    pack_token<Real>(token, channels, to + i * width);
   }
 }
 
@@ -236,6 +246,27 @@ NATTEN_INLINE void for_each_part(const RowGroup& group, int x, int count, F&& f)
   }
 }
 
+// --- prefetching -----------------------------------------------------------------------------------------------------------
+
+/// Columns [begin, end) of kRows rows from `y` on, as far as the axis goes.
+template <int kWrite, class T>
+NATTEN_INLINE void prefetch_rows(const Tokens<T>& t, int z, int y, int rows, int begin, int end, int channels) {
+  for (int r = 0; r < kRows && y + r < rows; ++r) {
+    const T* token = t.at(z, y + r, begin);
+    for (int x = begin; x < end; ++x, token += t.step_x) prefetch_token<kWrite>(token, channels);
+  }
+}
+
+/// What the next block of queries will pack: the same columns kRows rows further or, if there is one row only, the
+/// `block` columns behind these.
+template <class T>
+NATTEN_INLINE void prefetch_queries(const Tokens<T>& t, const RowGroup& group, const Item& item, bool single_row, int begin,
+                                    int end, int block, int channels) {
+  if (!single_row) return prefetch_rows<0>(t, group.z, group.y + kRows, item.y.end, begin, end, channels);
+  const int limit = end + block < item.x.end ? end + block : item.x.end;
+  prefetch_rows<0>(t, group.z, group.y, group.y + 1, begin + block, limit, channels);
+}
+
 // --- scores ----------------------------------------------------------------------------------------------------------------
 
 /// S of one block of lanes: [row of the group][key row of its window][slot][lane].
@@ -302,17 +333,6 @@ NATTEN_INLINE void compute_scores(const RowGroup& group, const Scores<Real>& sco
     if (count * 2 <= kLanes<Real>)
       return compute_scores_wide<HalfVec<Real>>(group, scores, queries, channels, query_stride, pitch, maxima, keys, prefetch);
   compute_scores_wide<Vec<Real>>(group, scores, queries, channels, query_stride, pitch, maxima, keys, prefetch);
-}
-
-/// Fetches `channels` elements of columns [begin, end) of kRows rows from `y` on, as far as the axis goes.
-template <int kWrite, class T>
-NATTEN_INLINE void prefetch_rows(const Tokens<T>& t, int z, int y, int rows, int begin, int end, int channels) {
-  const int64_t bytes = int64_t{channels} * int(sizeof(T)), step = t.step_x * int(sizeof(T));
-  for (int r = 0; r < kRows && y + r < rows; ++r) {
-    const char* token = reinterpret_cast<const char*>(t.at(z, y + r, begin));
-    for (int x = begin; x < end; ++x, token += step)
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(token + b, kWrite, 2);
-  }
 }
 
 /// The relative position bias of one head, times log2(e), and the border: what changes scores before the softmax.

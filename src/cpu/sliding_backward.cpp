@@ -124,9 +124,10 @@ void BackwardItem<T, Real>::run() {
 
 template <class T, class Real>
 void BackwardItem<T, Real>::pack(int slot, int z, int y) {
-  pack_transposed<Real>(k, z, y, columns, p.head_dim, scratch.zeros, scratch.keys + slot * l.transposed_size(l.dim), l.pitch);
-  pack_transposed<Real>(v, z, y, columns, p.head_dim_v, scratch.zeros, scratch.values + slot * l.transposed_size(l.dim_v), l.pitch);
-  pack_rows<Real>(k, z, y, columns, p.head_dim, scratch.zeros, scratch.key_rows_natural + slot * l.natural_size(l.dim), l.dim);
+  const int ahead = y_axis.extent == 1 ? 2 * kLanes<Real> : 0;  // elsewhere the group before has fetched the row
+  pack_transposed<Real>(k, z, y, columns, p.head_dim, scratch.zeros, ahead, scratch.keys + slot * l.transposed_size(l.dim), l.pitch);
+  pack_transposed<Real>(v, z, y, columns, p.head_dim_v, scratch.zeros, ahead, scratch.values + slot * l.transposed_size(l.dim_v), l.pitch);
+  pack_rows<Real>(k, z, y, columns, p.head_dim, scratch.zeros, ahead, scratch.key_rows_natural + slot * l.natural_size(l.dim), l.dim);
   clear(scratch.dk + slot * l.natural_size(l.dim), l.natural_size(l.dim));
   clear(scratch.dv + slot * l.natural_size(l.dim_v), l.natural_size(l.dim_v));
 }
@@ -182,12 +183,12 @@ void BackwardItem<T, Real>::block(const RowGroup& group, int x, int count) {
     const int begin = x + count * i / n, end = x + count * (i + 1) / n;
     prefetch_rows<0>(k, last.z, last.y + 1, y_axis.extent, begin, end, p.head_dim);
     prefetch_rows<0>(v, last.z, last.y + 1, y_axis.extent, begin, end, p.head_dim_v);
-    prefetch_rows<0>(q, group.z, group.y + kRows, item.y.end, begin, end, p.head_dim);
+    prefetch_queries(q, group, item, y_axis.extent == 1, begin, end, count, p.head_dim);
   };
   auto prefetch_others = [&](int i, int n) {
     const int begin = x + count * i / n, end = x + count * (i + 1) / n;
-    prefetch_rows<0>(dout, group.z, group.y + kRows, item.y.end, begin, end, p.head_dim_v);
-    prefetch_rows<0>(out, group.z, group.y + kRows, item.y.end, begin, end, p.head_dim_v);
+    prefetch_queries(dout, group, item, y_axis.extent == 1, begin, end, count, p.head_dim_v);
+    prefetch_queries(out, group, item, y_axis.extent == 1, begin, end, count, p.head_dim_v);
     if (dq) prefetch_rows<1>(dq, group.z, group.y, item.y.end, begin, end, p.head_dim);
     if (dk) prefetch_rows<1>(dk, first.z, first.y, y_axis.extent, begin, end, p.head_dim);  // soon to retire
     if (dv) prefetch_rows<1>(dv, first.z, first.y, y_axis.extent, begin, end, p.head_dim_v);

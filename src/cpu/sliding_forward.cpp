@@ -59,9 +59,10 @@ struct ForwardItem {
 template <class T, class Real>
 void ForwardItem<T, Real>::run() {
   RowRing ring(scratch.owners, l.schedule.ring_planes, l.schedule.ring_rows);
+  const int ahead = y_axis.extent == 1 ? 2 * kLanes<Real> : 0;  // elsewhere the group before has fetched the row
   auto pack = [&](int slot, int z, int y) {
-    pack_transposed<Real>(k, z, y, columns, p.head_dim, scratch.zeros, scratch.keys + slot * l.transposed_size(l.dim), l.pitch);
-    pack_rows<Real>(v, z, y, columns, p.head_dim_v, scratch.zeros, scratch.values + slot * l.natural_size(l.dim_v), l.dim_v);
+    pack_transposed<Real>(k, z, y, columns, p.head_dim, scratch.zeros, ahead, scratch.keys + slot * l.transposed_size(l.dim), l.pitch);
+    pack_rows<Real>(v, z, y, columns, p.head_dim_v, scratch.zeros, ahead, scratch.values + slot * l.natural_size(l.dim_v), l.dim_v);
   };
   auto evict = [](int, int, int) {};
   for (int z = 0; z < z_axis.extent; ++z)
@@ -89,7 +90,7 @@ void ForwardItem<T, Real>::block(const RowGroup& group, int x, int count) {
     const int begin = x + count * i / n, end = x + count * (i + 1) / n;
     prefetch_rows<0>(k, last.z, last.y + 1, y_axis.extent, begin, end, p.head_dim);
     prefetch_rows<0>(v, last.z, last.y + 1, y_axis.extent, begin, end, p.head_dim_v);
-    prefetch_rows<0>(q, group.z, group.y + kRows, item.y.end, begin, end, p.head_dim);
+    prefetch_queries(q, group, item, y_axis.extent == 1, begin, end, count, p.head_dim);
     prefetch_rows<1>(out, group.z, group.y, item.y.end, begin, end, p.head_dim_v);
   };
   alignas(64) Real maxima[kRows * kLanes<Real>];
