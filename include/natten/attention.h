@@ -11,7 +11,7 @@ namespace natten {
 
 /// A tensor by address and strides, the latter in elements of [batch, z, y, x, head, channel]. The last one must be 1.
 /// Any other stride is legal: 0 for an expanded axis, slices of a packed qkv, heads before the grid. A null `ptr` means
-/// that an optional tensor is absent or that an output is not wanted.
+/// that an optional tensor is absent or that a gradient is not wanted.
 struct TensorView {
   void* ptr = nullptr;
   int64_t strides[6] = {0, 0, 0, 0, 0, 1};

@@ -26,7 +26,7 @@ NATTEN_INLINE Place place_of(const Axis& a, int token) {
 struct Run {
   Int3 token;      // the first
   int count;
-  int bias_entry;  // of the first; the next one's is one further for keys, one back for queries
+  int64_t bias_entry;  // of the first; the next one's is one further for keys, one back for queries
 };
 
 // Calls visit(run) for the key rows that `token` sees, or for the query rows that see it.
@@ -35,7 +35,9 @@ NATTEN_INLINE void for_each_run(const Problem& p, Int3 token, Span (*span)(const
   const Axis &az = p.axes[0], &ay = p.axes[1], &ax = p.axes[2];
   const Place z = place_of(az, token.z), y = place_of(ay, token.y), x = place_of(ax, token.x);
   const Span zs = span(z.group, z.position), ys = span(y.group, y.position), xs = span(x.group, x.position);
-  auto entry = [&](const Axis& a, int here, int there) { return of_queries ? bias_index(a, there, here) : bias_index(a, here, there); };
+  auto entry = [&](const Axis& a, int here, int there) {
+    return int64_t{of_queries ? bias_index(a, there, here) : bias_index(a, here, there)};
+  };
   for (int oz = zs.begin; oz < zs.end; ++oz)
     for (int oy = ys.begin; oy < ys.end; ++oy)
       visit(Run{{z.residue + az.dilation * oz, y.residue + ay.dilation * oy, x.residue + ax.dilation * xs.begin},
@@ -337,6 +339,7 @@ size_t loops_workspace(const Problem& p, Pass pass, int num_threads) {
     Arena arena(nullptr), shared(nullptr);
     Scratch<T, RealOf<T>>(p, arena);
     if (pass == Pass::backward) Shared<RealOf<T>>(p, shared);
+    if (pass == Pass::forward && p.batch * p.tokens() == 0) return size_t{0};
     return size_t(arena.used() * num_threads + shared.used());
   });
 }

@@ -9,6 +9,7 @@ namespace {
 constexpr int kStripColumns = 64;           // narrower strips repeat too much of the halo
 constexpr int64_t kStripBytes = 1 << 19;    // a ring that fits in half of L2 may be wider
 constexpr int64_t kRingBytes = 4 << 20;     // of an item that walks z with several key planes alive
+constexpr int kHaloShare = 4;               // a band packs at most a quarter more key rows than it has query rows
 constexpr int kBackwardItems = 16;          // what the backward pass cuts for, whatever the number of threads
 
 int divide_up(int64_t a, int64_t b) { return int((a + b - 1) / b); }
@@ -49,7 +50,7 @@ Schedule make_schedule(const Problem& p, Pass pass, int rows, int64_t row_bytes_
   const int64_t planes = p.batch * (pass == Pass::backward ? p.heads_kv : p.heads) * s.groups.volume();
   const int64_t wanted = std::max<int64_t>(wanted_items(planes, pass, num_threads) / std::max<int64_t>(planes, 1), 1);
 
-  const int fewest_columns = narrowest(x, pass, 16), fewest_rows = narrowest(y, pass, 2 * rows);
+  const int fewest_columns = narrowest(x, pass, 16), fewest_rows = std::max(narrowest(y, pass, 2 * rows), kHaloShare * y.window);
   const int64_t affordable_columns = kStripBytes / (row_bytes_per_column * z.window * rows_seen(y, rows)) - x.window;
   const int strip = int(std::clamp<int64_t>(affordable_columns, kStripColumns, 16 * kStripColumns));
   s.num_strips = divide_up(x.extent, pass == Pass::backward ? std::max(2 * kStripColumns, strip) : strip);

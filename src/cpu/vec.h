@@ -140,7 +140,7 @@ NATTEN_INLINE Vec<Real> exp2(Vec<Real> x) {
   return p * (Vec<Real>)((Bits)shifted << E::kMantissaBits);
 }
 
-// --- natural logarithm of finite x > 0 -----------------------------------------------------------------------------------
+// --- natural logarithm of x > 0; NaN for NaN and infinity -----------------------------------------------------------------------------------
 // x = 2^n m with m in [1/sqrt 2, sqrt 2): ln m = 2 artanh(t), t = (m - 1) / (m + 1), |t| < 0.172, by its series.
 
 template <class Real>
@@ -157,7 +157,7 @@ NATTEN_INLINE Vec<Real> log(Vec<Real> x) {
   constexpr int kTerms = std::is_same_v<Real, float> ? 6 : 12;
   Vec<Real> series = broadcast<Vec<Real>>(Real(1) / (2 * kTerms - 1));
   for (int i = kTerms - 1; i > 0; --i) series = series * t2 + Real(1) / (2 * i - 1);
-  return n * Real(kLn2) + (t + t) * series;
+  return n * Real(kLn2) + (t + t) * series + (x - x);
 }
 
 // --- elements in memory --------------------------------------------------------------------------------------------------
