@@ -171,6 +171,10 @@ def test_poisoned_keys_and_values(case, dtype, poison):
             reached, what = mask[:, key], f"{name} of token {key}, {plan}"
             assert_untouched(before, after, sample, ("out", "dq"), ~reached, what)
             assert_untouched(before, after, sample, ("dk", "dv"), ~mask[reached].any(0), what)
+            lse, lse_before = (x["lse"][sample].flatten(0, -2) for x in (after, before))
+            assert torch.equal(lse[~reached], lse_before[~reached]), f"lse: {what}"
+            if name == "k" and math.isnan(poison):
+                assert lse[reached].isnan().all(), f"hidden from lse: {what}"
             if name == "v" or math.isnan(poison):
                 assert not per_token(after["out"])[sample][reached].isfinite().all(-1).any(), f"hidden: {what}"
 
