@@ -10,7 +10,7 @@ constexpr int kStripColumns = 64;           // narrower strips repeat too much o
 constexpr int64_t kStripBytes = 1 << 19;    // a ring that fits in half of L2 may be wider
 constexpr int64_t kRingBytes = 4 << 20;     // of an item that walks z with several key planes alive
 constexpr int kHaloShare = 4;               // a band packs at most a quarter more key rows than it has query rows
-constexpr int kBackwardItems = 16;          // what the backward pass cuts for, whatever the number of threads
+constexpr int kBackwardItems = 4;           // what the backward pass cuts for, whatever the number of threads: a cut costs halo
 
 int divide_up(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
