@@ -56,7 +56,7 @@ def within_reach(case):
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=problems().filter(within_reach), seed=st.integers(0, 1000), lse_gradient=st.booleans())
 def test_random_problems(dtype, case, seed, lse_gradient):
     cases.check(case, dtypes=(dtype,), seed=seed, lse_gradient=lse_gradient)
@@ -64,7 +64,7 @@ def test_random_problems(dtype, case, seed, lse_gradient):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@settings(max_examples=1000, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=problems().filter(within_reach), seed=st.integers(0, 1000), lse_gradient=st.booleans())
 def test_many_random_problems(dtype, case, seed, lse_gradient):
     cases.check(case, dtypes=(dtype,), seed=seed, lse_gradient=lse_gradient)
