@@ -34,12 +34,18 @@ HEADS = 4
 
 def case(grid, window, head_dim, dilation=1, heads=HEADS, must=(None, None), plan="", threads=1):
     """One row: a problem, and the fractions of the peak that issue 3 asks for (forward, backward)."""
-    rank = len(grid)
-    return dict(
-        name=f"{'x'.join(map(str, grid))} k{'x'.join(map(str, window))} d{head_dim}" + (f" dil{dilation}" * (dilation > 1)),
-        grid=grid, kernel_size=window, dilation=[dilation] * rank, heads=heads, head_dim=head_dim,
-        must=must, plan=plan, threads=threads,
-    )  # fmt: skip
+    name = f"{'x'.join(map(str, grid))} k{'x'.join(map(str, window))} d{head_dim}"
+    return {
+        "name": name + (f" dil{dilation}" if dilation > 1 else ""),
+        "grid": grid,
+        "kernel_size": window,
+        "dilation": [dilation] * len(grid),
+        "heads": heads,
+        "head_dim": head_dim,
+        "must": must,
+        "plan": plan,
+        "threads": threads,
+    }
 
 
 CASES = [
@@ -111,10 +117,16 @@ def measure(c, probe, seconds):
         gflops = (4, 10)[which] * pairs / ms * 1e-6
         plans = natten.list_plans(q, k, v, c["kernel_size"], dilation=c["dilation"], backward=which == 1)
         yield {
-            "workload": c["name"], "pass": name, "threads": c["threads"], "ms": round(ms, 3), "gflops": round(gflops, 1),
-            "peak_gflops": round(peak, 1), "fraction": round(gflops / peak, 3), "must": c["must"][which],
+            "workload": c["name"],
+            "pass": name,
+            "threads": c["threads"],
+            "ms": round(ms, 3),
+            "gflops": round(gflops, 1),
+            "peak_gflops": round(peak, 1),
+            "fraction": round(gflops / peak, 3),
+            "must": c["must"][which],
             "plan": next(p for p in plans if p.startswith(c["plan"])),
-        }  # fmt: skip
+        }
 
 
 def window_mask(c):
@@ -188,7 +200,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the rows with a target only, no baselines")
     parser.add_argument("--force", action="store_true", help="measure on a busy machine, too")
-    parser.add_argument("--probe", default=str(ROOT / "build/dev/libnatten_probe.so"), help="the library of bench/probe.cpp")
+    parser.add_argument(
+        "--probe", default=str(ROOT / "build/dev/libnatten_probe.so"), help="the library of bench/probe.cpp"
+    )
     parser.add_argument("--out", default=str(ROOT / "bench/results/cpu.json"))
     options = parser.parse_args()
     busy = busy_fraction()
@@ -203,7 +217,9 @@ def main():
     compared = [] if options.quick else [baselines(c, probe, seconds) for c in BASELINES]
     print_tables(rows, compared)
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    model = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     result = {
         "commit": git.stdout.strip(), "processor": model[0] if model else platform.processor(), "cores": os.cpu_count(),
         "busy": round(busy, 3), "torch": torch.__version__, "rows": rows, "baselines": compared,

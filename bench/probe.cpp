@@ -32,8 +32,12 @@ __attribute__((always_inline)) inline double fma_chains(int64_t steps, float* si
 }
 
 #if defined(__x86_64__)
-__attribute__((target("avx512f"))) double chains_avx512(int64_t steps, float* sink) { return fma_chains<64>(steps, sink); }
-__attribute__((target("avx2,fma"))) double chains_avx2(int64_t steps, float* sink) { return fma_chains<32>(steps, sink); }
+__attribute__((target("avx512f"))) double chains_avx512(int64_t steps, float* sink) {
+  return fma_chains<64>(steps, sink);
+}
+__attribute__((target("avx2,fma"))) double chains_avx2(int64_t steps, float* sink) {
+  return fma_chains<32>(steps, sink);
+}
 #endif
 double chains_portable(int64_t steps, float* sink) { return fma_chains<16>(steps, sink); }
 
@@ -70,24 +74,20 @@ EXPORT void probe_plain_forward(const float* q, const float* k, const float* v, 
   const float scale = 1 / std::sqrt(float(dim));
   const int64_t token = int64_t{heads} * dim;
   auto start = [&](int i, int n) { return std::clamp(i - window / 2, 0, n - window); };
-  for (int h = 0; h < heads; ++h)
-    for (int y = 0; y < ny; ++y)
-      for (int x = 0; x < nx; ++x) {
-        const int64_t at = (int64_t{y} * nx + x) * token + h * dim;
-        const int64_t first = (int64_t{start(y, ny)} * nx + start(x, nx)) * token + h * dim;
-        float max = -INFINITY, sum = 0;
-        for (int i = 0; i < window * window; ++i) {
-          const float* key = k + first + (int64_t{i / window} * nx + i % window) * token;
-          float s = 0;
-          for (int d = 0; d < dim; ++d) s += q[at + d] * key[d];
-          p[i] = s * scale;
-          max = std::max(max, p[i]);
-        }
-        for (float& x : p) sum += x = std::exp(x - max);
-        for (int d = 0; d < dim; ++d) out[at + d] = 0;
-        for (int i = 0; i < window * window; ++i) {
-          const float* value = v + first + (int64_t{i / window} * nx + i % window) * token;
-          for (int d = 0; d < dim; ++d) out[at + d] += p[i] / sum * value[d];
-        }
-      }
+  for (int64_t query = 0; query < int64_t{ny} * nx * heads; ++query) {
+    const int h = int(query % heads), x = int(query / heads % nx), y = int(query / heads / nx);
+    const int64_t first = (int64_t{start(y, ny)} * nx + start(x, nx)) * token + h * dim;
+    auto offset = [&](int i) { return first + (int64_t{i / window} * nx + i % window) * token; };
+    float max = -INFINITY, sum = 0;
+    for (int i = 0; i < window * window; ++i) {
+      float s = 0;
+      for (int d = 0; d < dim; ++d) s += q[query * dim + d] * k[offset(i) + d];
+      p[i] = s * scale;
+      max = std::max(max, p[i]);
+    }
+    for (float& x : p) sum += x = std::exp(x - max);
+    for (int d = 0; d < dim; ++d) out[query * dim + d] = 0;
+    for (int i = 0; i < window * window; ++i)
+      for (int d = 0; d < dim; ++d) out[query * dim + d] += p[i] / sum * v[offset(i) + d];
+  }
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-// The ops for torch: schemas, Tensor -> TensorView, allocation, threads. No mathematics, and no check that the core makes.
-// It touches torch through the stable ABI of 2.10 alone, so one binary serves every later torch; and no CPython, so it
-// serves every Python. Errors leave as `natten[kind] sentence`, which python/natten maps to Python's exceptions.
+// The ops for torch: schemas, Tensor -> TensorView, allocation, threads. No mathematics, and no check that the core
+// makes. It touches torch through the stable ABI of 2.10 alone, so one binary serves every later torch; and no
+// CPython, so it serves every Python. Errors leave as `natten[kind] sentence`, which python/natten maps to Python's
+// exceptions.
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -31,11 +32,16 @@ using OptionalTensor = std::optional<Tensor>;
 
 natten::DType dtype_of(const Tensor& q) {
   switch (q.scalar_type()) {
-    case ScalarType::Float: return natten::DType::f32;
-    case ScalarType::Double: return natten::DType::f64;
-    case ScalarType::BFloat16: return natten::DType::bf16;
-    case ScalarType::Half: return natten::DType::f16;
-    default: throw Error(ErrorKind::unsupported, "this dtype is not supported: use float32, float64, bfloat16 or float16");
+    case ScalarType::Float:
+      return natten::DType::f32;
+    case ScalarType::Double:
+      return natten::DType::f64;
+    case ScalarType::BFloat16:
+      return natten::DType::bf16;
+    case ScalarType::Half:
+      return natten::DType::f16;
+    default:
+      throw Error(ErrorKind::unsupported, "this dtype is not supported: use float32, float64, bfloat16 or float16");
   }
 }
 
@@ -85,7 +91,8 @@ struct Parameters {
 };
 
 int narrow(int64_t value, const char* name) {
-  if (value < -(1 << 30) || value > (1 << 30)) fail(std::string(name) + " " + std::to_string(value) + " is out of range");
+  if (value < -(1 << 30) || value > (1 << 30))
+    fail(std::string(name) + " " + std::to_string(value) + " is out of range");
   return int(value);
 }
 
@@ -150,8 +157,8 @@ natten::Problem Inputs::problem(const Parameters& par) const {
   for (size_t size : {par.stride.size(), par.dilation.size(), par.causal.size()})
     if (int64_t(size) != rank) fail("kernel_size, stride, dilation and is_causal must have one entry for each axis");
   if (q.dim() != rank + 3)
-    fail("query has shape " + shape_of(q) + ", but must have " + std::to_string(rank + 3) +
-         " dimensions: [batch, " + std::to_string(rank) + " grid axes, heads, head_dim]");
+    fail("query has shape " + shape_of(q) + ", but must have " + std::to_string(rank + 3) + " dimensions: [batch, " +
+         std::to_string(rank) + " grid axes, heads, head_dim]");
   for (auto [name, t] : {std::pair{"key", &k}, {"value", &v}}) {
     check_alike(name, *t);
     if (t->dim() != rank + 3) fail(std::string(name) + " has shape " + shape_of(*t) + ", but query has " + shape_of(q));
@@ -173,7 +180,11 @@ natten::Problem Inputs::problem(const Parameters& par) const {
     for (natten::Axis& a : p.axes) a.window = 0, a.stride = 1;
     for (int64_t d = 1; d <= rank; ++d) grid[d] = k.size(d);
   }
-  auto shape = [&](int64_t dim) { Ints s = grid; s.insert(s.end(), {p.heads_kv, dim}); return s; };
+  auto shape = [&](int64_t dim) {
+    Ints s = grid;
+    s.insert(s.end(), {p.heads_kv, dim});
+    return s;
+  };
   check_shape("key", k, shape(p.head_dim));
   check_shape("value", v, shape(p.head_dim_v));
   if (bias) {
@@ -204,7 +215,9 @@ void Inputs::fill(natten::ForwardArgs& args, int64_t rank) const {
 }
 
 Inputs make_inputs(Tensor q, Tensor k, Tensor v, OptionalTensor bias, OptionalTensor extra_k, OptionalTensor extra_v) {
-  auto unit = [](OptionalTensor& t) { if (t) t = with_unit_last_stride(*t); };
+  auto unit = [](OptionalTensor& t) {
+    if (t) t = with_unit_last_stride(*t);
+  };
   unit(bias), unit(extra_k), unit(extra_v);
   return {with_unit_last_stride(q), with_unit_last_stride(k), with_unit_last_stride(v), bias, extra_k, extra_v};
 }
@@ -227,7 +240,9 @@ class Workspace {
     if (bytes > cache().bytes) {
       cache().memory.reset(std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment));
       cache().bytes = cache().memory ? bytes : 0;
-      if (!cache().memory) throw Error(ErrorKind::unsupported, "there is no memory for a workspace of " + std::to_string(bytes) + " bytes");
+      if (!cache().memory)
+        throw Error(ErrorKind::unsupported,
+                    "there is no memory for a workspace of " + std::to_string(bytes) + " bytes");
     }
   }
   ~Workspace() {
@@ -281,10 +296,12 @@ std::tuple<Tensor, Tensor> na_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor b
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_bwd(
-    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, OptionalTensor bias, OptionalTensor extra_k,
-    OptionalTensor extra_v, Tensor out, Tensor lse, Ints window, Ints stride, Ints dilation, std::vector<bool> causal,
-    double scale, bool oversize, std::string plan_text) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_bwd(Tensor dout, OptionalTensor dlse, Tensor q, Tensor k,
+                                                                  Tensor v, OptionalTensor bias, OptionalTensor extra_k,
+                                                                  OptionalTensor extra_v, Tensor out, Tensor lse,
+                                                                  Ints window, Ints stride, Ints dilation,
+                                                                  std::vector<bool> causal, double scale, bool oversize,
+                                                                  std::string plan_text) {
   return with_prefixed_errors([&]() -> std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> {
     const Parameters par{window, stride, dilation, causal, scale, oversize, plan_text};
     const int64_t rank = par.rank();
@@ -344,13 +361,15 @@ Tensor key_spans(int64_t extent, int64_t window, int64_t stride, int64_t dilatio
 
 }  // namespace
 
-#define NATTEN_OPERATOR "SymInt[] window, SymInt[] stride, SymInt[] dilation, bool[] causal, float scale, bool oversize, str plan"
+#define NATTEN_OPERATOR \
+  "SymInt[] window, SymInt[] stride, SymInt[] dilation, bool[] causal, float scale, bool oversize, str plan"
 NATTEN_LIBRARY(NATTEN_OP_NAMESPACE, m) {
   m.def("na_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? extra_k, Tensor? extra_v, " NATTEN_OPERATOR
         ") -> (Tensor out, Tensor lse)");
-  m.def("na_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? extra_k, Tensor? extra_v, "
-        "Tensor out, Tensor lse, " NATTEN_OPERATOR
-        ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dextra_k, Tensor dextra_v)");
+  m.def(
+      "na_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? extra_k, Tensor? extra_v, "
+      "Tensor out, Tensor lse, " NATTEN_OPERATOR
+      ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dextra_k, Tensor dextra_v)");
   m.def("key_spans(SymInt extent, SymInt window, SymInt stride, SymInt dilation, bool causal) -> Tensor");
 }
 NATTEN_LIBRARY_IMPL(NATTEN_OP_NAMESPACE, CPU, m) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Questions that Python asks the library through ctypes, with no tensor involved: what is built in, which plans a problem
-// has, how many pairs it counts. Answers are JSON; a string lives until the same thread asks again.
+// Questions that Python asks the library through ctypes, with no tensor involved: what is built in, which plans a
+// problem has, how many pairs it counts. Answers are JSON; a string lives until the same thread asks again.
 #include <string>
 
 #include "cpu/isa.h"
@@ -41,7 +41,8 @@ natten::DType dtype_named(std::string_view name) {
 }  // namespace
 
 NATTEN_EXPORT const char* natten_info() {
-  std::string text = R"({"version": ")" NATTEN_VERSION R"(", "isa": )" + quoted(natten::cpu::name(natten::cpu::isas().front()));
+  std::string text =
+      R"({"version": ")" NATTEN_VERSION R"(", "isa": )" + quoted(natten::cpu::name(natten::cpu::isas().front()));
   text += R"(, "backends": [)";
   text += R"({"name": "sm90", "available": false, "reason": "this build has no CUDA engine"}, )";
   text += R"({"name": "portable", "available": false, "reason": "this build has no CUDA engine"}, )";

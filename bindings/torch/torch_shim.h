@@ -6,16 +6,23 @@
 #include <cstdint>
 extern "C" {
 using StableIValue = uint64_t;
-struct AtenTensorOpaque;   using AtenTensorHandle = AtenTensorOpaque*;
-struct DeviceGuardOpaque;  using DeviceGuardHandle = DeviceGuardOpaque*;
-struct TorchLibraryOpaque; using TorchLibraryHandle = TorchLibraryOpaque*;
-struct StableListOpaque;   using StableListHandle = StableListOpaque*;
-struct StringOpaque;       using StringHandle = StringOpaque*;
+struct AtenTensorOpaque;
+using AtenTensorHandle = AtenTensorOpaque*;
+struct DeviceGuardOpaque;
+using DeviceGuardHandle = DeviceGuardOpaque*;
+struct TorchLibraryOpaque;
+using TorchLibraryHandle = TorchLibraryOpaque*;
+struct StableListOpaque;
+using StableListHandle = StableListOpaque*;
+struct StringOpaque;
+using StringHandle = StringOpaque*;
 
 int32_t aoti_torch_library_init_def(const char* ns, const char* file, uint32_t line, TorchLibraryHandle* ret);
-int32_t aoti_torch_library_init_impl(const char* ns, const char* key, const char* file, uint32_t line, TorchLibraryHandle* ret);
+int32_t aoti_torch_library_init_impl(const char* ns, const char* key, const char* file, uint32_t line,
+                                     TorchLibraryHandle* ret);
 int32_t aoti_torch_library_def(TorchLibraryHandle, const char* schema);
-int32_t torch_library_impl(TorchLibraryHandle, const char* name, void (*fn)(StableIValue*, uint64_t, uint64_t), uint64_t build_version);
+int32_t torch_library_impl(TorchLibraryHandle, const char* name, void (*fn)(StableIValue*, uint64_t, uint64_t),
+                           uint64_t build_version);
 int32_t aoti_torch_delete_library_object(TorchLibraryHandle);
 
 int32_t aoti_torch_new_tensor_handle(AtenTensorHandle, AtenTensorHandle* ret);
@@ -27,7 +34,8 @@ int32_t aoti_torch_get_strides(AtenTensorHandle, int64_t** ret);
 int32_t aoti_torch_get_dtype(AtenTensorHandle, int32_t* ret);
 int32_t aoti_torch_get_device_type(AtenTensorHandle, int32_t* ret);
 int32_t aoti_torch_get_device_index(AtenTensorHandle, int32_t* ret);
-int32_t aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes, const int64_t* strides, int32_t dtype, int32_t device_type, int32_t device_index, AtenTensorHandle* ret);
+int32_t aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                                 int32_t device_type, int32_t device_index, AtenTensorHandle* ret);
 int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_float64();

@@ -31,14 +31,15 @@ struct ForwardArgs {
 
 /// `out` and `lse` are those of the forward pass. Gradients are overwritten, not added to.
 struct BackwardArgs : ForwardArgs {
-  TensorView dout, dlse;                                        ///< dlse is optional
-  TensorView dq, dk, dv, dbias, dextra_k, dextra_v;             ///< shaped like their inputs; a null one is skipped
+  TensorView dout, dlse;                             ///< dlse is optional
+  TensorView dq, dk, dv, dbias, dextra_k, dextra_v;  ///< shaped like their inputs; a null one is skipped
 };
 
 /// Threads, injected by the caller: torch's pool inside torch, anything else outside of it.
 struct Executor {
   int num_threads = 1;
-  /// Calls task(0) .. task(count - 1), in any order, at the same time or not; returns when all are done. Tasks never throw.
+  /// Calls task(0) .. task(count - 1), in any order, at the same time or not; returns when all are done. Tasks never
+  /// throw.
   std::function<void(int64_t count, const std::function<void(int64_t)>& task)> run;
 };
 
@@ -52,7 +53,8 @@ size_t workspace_bytes(const Problem& problem, Pass pass, const Plan& plan, int 
 
 /// Results are the same bits for every number of threads and in every repetition. A NaN or infinity in a key or value
 /// reaches only the queries whose window holds it. Queries that see no key get out 0 and lse -infinity.
-void forward(const Problem& problem, const ForwardArgs& args, const Plan& plan, const Executor& executor, void* workspace);
+void forward(const Problem& problem, const ForwardArgs& args, const Plan& plan, const Executor& executor,
+             void* workspace);
 void backward(const Problem& problem, const BackwardArgs& args, const Plan& plan, const Executor& executor,
               void* workspace);
 

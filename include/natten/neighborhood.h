@@ -63,6 +63,9 @@ NATTEN_HD constexpr Axis group_axis(const Axis& a, int r) {
   return {extent, window, detail::max(detail::min(a.stride, window), 1), 1, a.causal};
 }
 
+/// Keys that a window reaches before its leader; the last key of a causal window is its leader.
+NATTEN_HD constexpr int reach_before(const Axis& g) { return g.causal ? g.window - 1 : g.window / 2; }
+
 /// Keys that the query at position p sees; `g` comes from `group_axis`. The query itself is among them.
 ///   The `stride` queries of one stride group share the window of their leader (its middle, rounded up; the last one
 ///   if causal). An even window reaches one key further to the left. A causal window ends at the query itself.
@@ -70,21 +73,20 @@ NATTEN_HD constexpr Span key_span(const Axis& g, int p) {
   if (g.window == 0) return {0, 0};
   const int leader_offset = g.causal ? g.stride - 1 : g.stride / 2;
   const int leader = detail::min(p / g.stride * g.stride + leader_offset, g.extent - 1);
-  if (g.causal) return {detail::max(leader - g.window + 1, 0), p + 1};
-  const int begin = detail::max(detail::min(leader - g.window / 2, g.extent - g.window), 0);
+  if (g.causal) return {detail::max(leader - reach_before(g), 0), p + 1};
+  const int begin = detail::max(detail::min(leader - reach_before(g), g.extent - g.window), 0);
   return {begin, begin + g.window};
 }
 
 /// Queries that see the key at position p: the exact inverse of `key_span`. Never empty unless the window is.
 NATTEN_HD constexpr Span query_span(const Axis& g, int p) {
   if (g.window == 0) return {0, 0};
-  const int left = g.causal ? g.window - 1 : g.window / 2;  // how far a window begins before its leader
   const int leader_offset = g.causal ? g.stride - 1 : g.stride / 2;
   int begin = g.causal ? p : 0, end = g.extent;
   if (!g.causal && p >= g.window)  // the first stride group whose window ends behind p
-    begin = detail::ceil_div(p - g.window + 1 + left - leader_offset, g.stride) * g.stride;
+    begin = detail::ceil_div(p - g.window + 1 + reach_before(g) - leader_offset, g.stride) * g.stride;
   if (p < g.extent - g.window)  // behind the last stride group whose window begins at or before p
-    end = detail::min(((p + left - leader_offset) / g.stride + 1) * g.stride, g.extent);
+    end = detail::min(((p + reach_before(g) - leader_offset) / g.stride + 1) * g.stride, g.extent);
   return {begin, end};
 }
 

@@ -24,15 +24,15 @@ constexpr DType accumulator_of(DType t) { return t == DType::f64 ? DType::f64 : 
 struct Problem {
   DType dtype = DType::f32;
   int64_t batch = 1;
-  int heads = 1;           ///< of q and out
-  int heads_kv = 1;        ///< of k and v; divides `heads`; query head h reads key head h / (heads / heads_kv)
-  int head_dim = 1;        ///< of q and k
-  int head_dim_v = 1;      ///< of v and out
-  Axis axes[3];            ///< z, y, x: slowest first; unused leading axes keep extent 1
-  int extra_keys = 0;      ///< additional keys and values per sample
-  bool has_bias = false;   ///< relative position bias, [heads, 2 * window - 1 per axis]; windows as given, not cut
-  double scale = 1.0;      ///< zero means zero
-  bool oversize = true;    ///< cut windows that are larger than their group; false: an error
+  int heads = 1;          ///< of q and out
+  int heads_kv = 1;       ///< of k and v; divides `heads`; query head h reads key head h / (heads / heads_kv)
+  int head_dim = 1;       ///< of q and k
+  int head_dim_v = 1;     ///< of v and out
+  Axis axes[3];           ///< z, y, x: slowest first; unused leading axes keep extent 1
+  int extra_keys = 0;     ///< additional keys and values per sample
+  bool has_bias = false;  ///< relative position bias, [heads, 2 * window - 1 per axis]; windows as given, not cut
+  double scale = 1.0;     ///< zero means zero
+  bool oversize = true;   ///< cut windows that are larger than their group; false: an error
 
   Int3 grid() const { return {axes[0].extent, axes[1].extent, axes[2].extent}; }
   int64_t tokens() const { return grid().volume(); }

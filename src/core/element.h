@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Elements in memory: the 16-bit types that C++20 lacks, and addresses of tokens. Used by every CPU engine, so everything
-// here is always inlined (see NATTEN_HD in neighborhood.h).
+// Elements in memory: the 16-bit types that C++20 lacks, and addresses of tokens. Used by every CPU engine, so
+// everything here is always inlined (see NATTEN_HD in neighborhood.h).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -80,10 +80,14 @@ NATTEN_HD T* pointer(const TensorView& t) {
 template <class F>
 NATTEN_HD auto dispatch(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::f32: return f(float{});
-    case DType::f64: return f(double{});
-    case DType::bf16: return f(bf16{});
-    default: return f(f16{});
+    case DType::f32:
+      return f(float{});
+    case DType::f64:
+      return f(double{});
+    case DType::bf16:
+      return f(bf16{});
+    default:
+      return f(f16{});
   }
 }
 

@@ -50,7 +50,8 @@ PlanList list_plans(const Problem& problem, Pass pass, DeviceKind device) {
     if (backend->device == device)
       backend->list_plans(problem, pass, list);
     else
-      list.rejections.push_back({backend->name, device == DeviceKind::cpu ? "it needs CUDA tensors" : "it needs CPU tensors"});
+      list.rejections.push_back(
+          {backend->name, device == DeviceKind::cpu ? "it needs CUDA tensors" : "it needs CPU tensors"});
   }
   return list;
 }
@@ -63,7 +64,8 @@ Plan choose_plan(const Problem& problem, Pass pass, DeviceKind device, std::stri
   if (!wanted.empty() && !is_known(wanted, list))
     throw Error(ErrorKind::invalid_argument,
                 "there is no plan '" + std::string(wanted) + "' for this problem; engines: " + known_names());
-  std::string message = wanted.empty() ? "no engine can run this problem" : "plan '" + std::string(wanted) + "' cannot run this problem";
+  std::string message =
+      wanted.empty() ? "no engine can run this problem" : "plan '" + std::string(wanted) + "' cannot run this problem";
   const char* separator = ": ";
   for (const Rejection& rejection : list.rejections) {
     message += separator + std::string(rejection.name) + ": " + rejection.reason;

@@ -30,7 +30,8 @@ void validate_axis(const Axis& a, const std::string& axis, bool oversize) {
   if (a.dilation < 1 || a.dilation > kMaxExtent)
     fail("dilation " + str(a.dilation) + " on axis " + axis + " must be at least 1 and at most " + str(kMaxExtent));
   if (a.stride < 1 || (a.window > 0 && a.stride > a.window))
-    fail("stride " + str(a.stride) + " on axis " + axis + " must be at least 1 and at most kernel_size " + str(a.window));
+    fail("stride " + str(a.stride) + " on axis " + axis + " must be at least 1 and at most kernel_size " +
+         str(a.window));
   const int64_t reach = int64_t{a.window} * a.dilation;
   if (!oversize && reach > a.extent)
     fail("kernel_size " + str(a.window) + " with dilation " + str(a.dilation) + " needs " + str(reach) +
@@ -39,11 +40,13 @@ void validate_axis(const Axis& a, const std::string& axis, bool oversize) {
 }
 
 void validate_count(double count, const char* what) {
-  if (count > kMaxCount) fail(std::string(what) + " of this size cannot be counted in 64 bits: use a smaller batch, grid or kernel_size");
+  if (count > kMaxCount)
+    fail(std::string(what) + " of this size cannot be counted in 64 bits: use a smaller batch, grid or kernel_size");
 }
 
 void validate_counts(const Problem& p) {
-  const double batch = double(std::max<int64_t>(p.batch, 1)), width = double(p.heads) * std::max(p.head_dim, p.head_dim_v);
+  const double batch = double(std::max<int64_t>(p.batch, 1)),
+               width = double(p.heads) * std::max(p.head_dim, p.head_dim_v);
   double tokens = 1, pairs = 1, bias = p.heads;
   for (const Axis& a : p.axes) {
     tokens *= std::max(a.extent, 1);
@@ -61,7 +64,8 @@ void validate_counts(const Problem& p) {
 void validate(const Problem& p) {
   if (p.batch < 0) fail("batch " + str(p.batch) + " must not be negative");
   if (p.heads < 1 || p.heads_kv < 1 || p.heads > kMaxHeads)
-    fail("heads " + str(p.heads) + " and key/value heads " + str(p.heads_kv) + " must be at least 1 and at most " + str(kMaxHeads));
+    fail("heads " + str(p.heads) + " and key/value heads " + str(p.heads_kv) + " must be at least 1 and at most " +
+         str(kMaxHeads));
   if (p.heads % p.heads_kv != 0)
     fail("heads " + str(p.heads) + " must be a multiple of key/value heads " + str(p.heads_kv) +
          ": repeat or drop key/value heads");
@@ -74,7 +78,8 @@ void validate(const Problem& p) {
   const char* names[3] = {"z (first of three)", "y (second to last)", "x (last)"};
   for (int i = 0; i < 3; ++i) validate_axis(p.axes[i], names[i], p.oversize);
   if (!p.has_window() && p.extra_keys == 0) fail("kernel_size 0 leaves no keys: give additional keys or a kernel_size");
-  if (!p.has_window() && p.has_bias) fail("kernel_size 0 has no relative positions: drop the bias or give a kernel_size");
+  if (!p.has_window() && p.has_bias)
+    fail("kernel_size 0 has no relative positions: drop the bias or give a kernel_size");
   validate_counts(p);
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The CPU engine as the core sees it: two kernel families, `sliding` for stride 1 along x and `loops` for anything, each
-// for every instruction set of this processor.
+// The CPU engine as the core sees it: two kernel families, `sliding` for stride 1 along x and `loops` for anything,
+// each for every instruction set of this processor.
 #include "core/backend.h"
 
 #include "cpu/isa.h"
@@ -51,7 +51,8 @@ Choice choice_of(const Plan& plan) {
 
 size_t workspace_bytes(const Problem& p, Pass pass, const Plan& plan, int num_threads) {
   const Choice c = choice_of(plan);
-  return c.sliding ? c.kernels.sliding_workspace(p, pass, num_threads) : c.kernels.loops_workspace(p, pass, num_threads);
+  return c.sliding ? c.kernels.sliding_workspace(p, pass, num_threads)
+                   : c.kernels.loops_workspace(p, pass, num_threads);
 }
 
 void forward(const Problem& p, const ForwardArgs& args, const Plan& plan, const Executor& executor, void* workspace) {

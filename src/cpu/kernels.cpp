@@ -9,7 +9,8 @@ namespace natten::cpu::NATTEN_ISA {
 namespace {
 
 Int3 sliding_q_tile(const Problem& p, Pass pass) {
-  const int strip = dispatch(p.dtype, [&](auto element) { return Layout<RealOf<decltype(element)>>(p, pass, 1).schedule.strip; });
+  const int strip =
+      dispatch(p.dtype, [&](auto element) { return Layout<RealOf<decltype(element)>>(p, pass, 1).schedule.strip; });
   return {1, group_axis(p.axes[1], 0).extent < kRows ? group_axis(p.axes[1], 0).extent : kRows, strip};
 }
 
@@ -20,7 +21,7 @@ size_t sliding_workspace(const Problem& p, Pass pass, int num_threads) {
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels{sliding_q_tile, sliding_workspace, sliding_forward, sliding_backward,
-                       loops_workspace, loops_forward, loops_backward};
+const Kernels kKernels{sliding_q_tile,  sliding_workspace, sliding_forward, sliding_backward,
+                       loops_workspace, loops_forward,     loops_backward};
 
 }  // namespace natten::cpu::NATTEN_ISA

@@ -24,14 +24,15 @@ NATTEN_INLINE Place place_of(const Axis& a, int token) {
 
 // A run of tokens along x, `dilation` apart: all of a key row that a query sees, or of a query row that sees a key.
 struct Run {
-  Int3 token;      // the first
+  Int3 token;  // the first
   int count;
   int64_t bias_entry;  // of the first; the next one's is one further for keys, one back for queries
 };
 
 // Calls visit(run) for the key rows that `token` sees, or for the query rows that see it.
 template <class Visit>
-NATTEN_INLINE void for_each_run(const Problem& p, Int3 token, Span (*span)(const Axis&, int), bool of_queries, Visit&& visit) {
+NATTEN_INLINE void for_each_run(const Problem& p, Int3 token, Span (*span)(const Axis&, int), bool of_queries,
+                                Visit&& visit) {
   const Axis &az = p.axes[0], &ay = p.axes[1], &ax = p.axes[2];
   const Place z = place_of(az, token.z), y = place_of(ay, token.y), x = place_of(ax, token.x);
   const Span zs = span(z.group, z.position), ys = span(y.group, y.position), xs = span(x.group, x.position);
@@ -63,7 +64,7 @@ int64_t most_slots(const Problem& p) {
   return slots + p.extra_keys;
 }
 
-// --- small vector loops over channels ---------------------------------------------------------------------------------------
+// --- small vector loops over channels --------------------------------------------------------------------------------
 
 // to[d] += sum over i of weights[i] * from[i][d]; rows of `from` are `step` apart.
 template <class Real, class T>
@@ -76,7 +77,7 @@ NATTEN_INLINE void add_weighted(const Real* weights, int count, const T* from, i
   });
 }
 
-// --- one thread's memory ------------------------------------------------------------------------------------------------------
+// --- one thread's memory ---------------------------------------------------------------------------------------------
 
 template <class T, class Real>
 struct Scratch {
@@ -110,7 +111,9 @@ struct Head {
   int head;
 
   int head_kv() const { return head / p.heads_per_kv(); }
-  const T* row(const TensorView& t, Int3 token, int of_head) const { return pointer<T>(t) + offset(t, batch, token, of_head); }
+  const T* row(const TensorView& t, Int3 token, int of_head) const {
+    return pointer<T>(t) + offset(t, batch, token, of_head);
+  }
   Real& sum_at(const TensorView& t, Int3 token) const { return pointer<Real>(t)[offset(t, batch, token, head)]; }
   const T* extra(const TensorView& t) const { return pointer<T>(t) + offset(t, batch, 0, 0, 0, head_kv()); }
 
@@ -119,10 +122,12 @@ struct Head {
 
  private:
   int64_t logits(Int3 token) const;
-  void weigh_keys(const Real* weights, Int3 token, const TensorView& from, const TensorView& extra_from, int dim, Real* to) const;
+  void weigh_keys(const Real* weights, Int3 token, const TensorView& from, const TensorView& extra_from, int dim,
+                  Real* to) const;
 };
 
-// Logits of `token`, in base 2, into s.weights; returns their number. Behind them stands -infinity up to a whole vector.
+// Logits of `token`, in base 2, into s.weights; returns their number. Behind them stands -infinity up to a whole
+// vector.
 template <class T, class Real>
 int64_t Head<T, Real>::logits(Int3 token) const {
   pack_token(row(args.q, token, head), p.head_dim, s.a);
@@ -134,7 +139,8 @@ int64_t Head<T, Real>::logits(Int3 token) const {
     for (int i = 0; i < run.count; ++i, k += args.k.strides[3] * p.axes[2].dilation)
       s.weights[n++] = dot(s.a, k, p.head_dim) + (p.has_bias ? s.bias[run.bias_entry + i] : 0);
   });
-  for (int i = 0; i < p.extra_keys; ++i) s.weights[n++] = dot(s.a, extra(args.extra_k) + i * args.extra_k.strides[3], p.head_dim);
+  for (int i = 0; i < p.extra_keys; ++i)
+    s.weights[n++] = dot(s.a, extra(args.extra_k) + i * args.extra_k.strides[3], p.head_dim);
   for (int64_t i = n; i % kLanes<Real> != 0 || i == n; ++i) s.weights[i] = -INFINITY;
   return n;
 }
@@ -169,7 +175,8 @@ void Head<T, Real>::query_forward(Int3 token) const {
   weigh_keys(s.weights, token, args.v, args.extra_v, p.head_dim_v, s.sum_v);
   T* out = const_cast<T*>(row(args.out, token, head));
   const Real inverse = sum == 0 ? 0 : 1 / sum;
-  for_each_vector<Real>(p.head_dim_v, [&](int d, int lanes) { store_up_to<Real>(out + d, load<V>(s.sum_v + d) * inverse, lanes); });
+  for_each_vector<Real>(p.head_dim_v,
+                        [&](int d, int lanes) { store_up_to<Real>(out + d, load<V>(s.sum_v + d) * inverse, lanes); });
   sum_at(args.lse, token) = Real(m * Real(kLn2) + std::log(sum));
 }
 
@@ -197,15 +204,17 @@ Real Head<T, Real>::query_backward(Int3 token, Real* dbias) const {
     }
   });
   for (int i = 0; i < p.extra_keys; ++i, ++slot)
-    s.grads[slot] = s.weights[slot] * (dot(s.b, extra(args.extra_v) + i * args.extra_v.strides[3], p.head_dim_v) - delta);
+    s.grads[slot] =
+        s.weights[slot] * (dot(s.b, extra(args.extra_v) + i * args.extra_v.strides[3], p.head_dim_v) - delta);
   if (!args.dq) return delta;
   weigh_keys(s.grads, token, args.k, args.extra_k, p.head_dim, s.sum);
   T* dq = const_cast<T*>(row(args.dq, token, head));
-  for_each_vector<Real>(p.head_dim, [&](int d, int lanes) { store_up_to<Real>(dq + d, load<V>(s.sum + d) * Real(p.scale), lanes); });
+  for_each_vector<Real>(
+      p.head_dim, [&](int d, int lanes) { store_up_to<Real>(dq + d, load<V>(s.sum + d) * Real(p.scale), lanes); });
   return delta;
 }
 
-// --- gradients of one key and value -----------------------------------------------------------------------------------------
+// --- gradients of one key and value ----------------------------------------------------------------------------------
 
 // Sums over the queries that see a key: s.sum is dk, s.sum_v is dv; s.a and s.b hold the key, in base 2, and the value.
 template <class T, class Real>
@@ -260,13 +269,14 @@ void key_backward(const Problem& p, const BackwardArgs& args, Scratch<T, Real>& 
   auto write = [&](const TensorView& to, const Real* from, int dim, Real factor) {
     if (!to) return;
     T* row = pointer<T>(to) + offset(to, batch, at, head_kv);
-    for_each_vector<Real>(dim, [&](int d, int lanes) { store_up_to<Real>(row + d, load<Vec<Real>>(from + d) * factor, lanes); });
+    for_each_vector<Real>(
+        dim, [&](int d, int lanes) { store_up_to<Real>(row + d, load<Vec<Real>>(from + d) * factor, lanes); });
   };
   write(dk, s.sum, p.head_dim, Real(p.scale));
   write(dv, s.sum_v, p.head_dim_v, Real(1));
 }
 
-// --- passes ---------------------------------------------------------------------------------------------------------------------
+// --- passes ----------------------------------------------------------------------------------------------------------
 
 // Calls visit(batch, token) for share `chunk` of kChunks of all queries of a head.
 template <class Visit>
@@ -296,7 +306,8 @@ void forward_typed(const Problem& p, const BackwardArgs& args, const Executor& e
     Scratch<T, Real> s(p, arena);
     const int head = int(task / kChunks);
     if (p.has_bias) pack_bias<T>(p, args.bias, head, Real(kLog2E), s.bias);
-    for_each_query(p, task % kChunks, [&](int64_t batch, Int3 token) { Head<T, Real>{p, args, s, batch, head}.query_forward(token); });
+    for_each_query(p, task % kChunks,
+                   [&](int64_t batch, Int3 token) { Head<T, Real>{p, args, s, batch, head}.query_forward(token); });
   });
 }
 
@@ -316,7 +327,8 @@ void backward_typed(const Problem& p, const BackwardArgs& args, const Executor& 
     if (p.has_bias) pack_bias<T>(p, args.bias, head, Real(kLog2E), s.bias), clear(dbias, entries);
     for_each_query(p, task % kChunks, [&](int64_t batch, Int3 token) {
       const int64_t index = (int64_t{token.z} * p.axes[1].extent + token.y) * p.axes[2].extent + token.x;
-      shared.delta[(batch * p.heads + head) * p.tokens() + index] = Head<T, Real>{p, args, s, batch, head}.query_backward(token, dbias);
+      shared.delta[(batch * p.heads + head) * p.tokens() + index] =
+          Head<T, Real>{p, args, s, batch, head}.query_backward(token, dbias);
     });
   });
   const int64_t grid_keys = p.has_window() ? p.tokens() : 0, keys = grid_keys + p.extra_keys;
@@ -347,11 +359,13 @@ size_t loops_workspace(const Problem& p, Pass pass, int num_threads) {
 void loops_forward(const Problem& p, const ForwardArgs& args, const Executor& executor, void* workspace) {
   BackwardArgs all;
   static_cast<ForwardArgs&>(all) = args;
-  dispatch(p.dtype, [&](auto element) { forward_typed<decltype(element)>(p, all, executor, static_cast<char*>(workspace)); });
+  dispatch(p.dtype,
+           [&](auto element) { forward_typed<decltype(element)>(p, all, executor, static_cast<char*>(workspace)); });
 }
 
 void loops_backward(const Problem& p, const BackwardArgs& args, const Executor& executor, void* workspace) {
-  dispatch(p.dtype, [&](auto element) { backward_typed<decltype(element)>(p, args, executor, static_cast<char*>(workspace)); });
+  dispatch(p.dtype,
+           [&](auto element) { backward_typed<decltype(element)>(p, args, executor, static_cast<char*>(workspace)); });
 }
 
 }  // namespace natten::cpu::NATTEN_ISA

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The kernels that take any problem: one query (or, for the gradients of keys and values, one key) at a time, vectorised
-// over the channels. No two tasks write to the same place, and every sum has a fixed order.
+// The kernels that take any problem: one query (or, for the gradients of keys and values, one key) at a time,
+// vectorised over the channels. No two tasks write to the same place, and every sum has a fixed order.
 #pragma once
 #include "cpu/vec.h"
 #include "natten/attention.h"

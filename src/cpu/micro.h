@@ -2,7 +2,8 @@
 // The three inner loops of the sliding engine, all FMA. Lanes are queries (or keys) that are neighbours along x, so a
 // window is a run of unaligned loads and nothing is ever masked:
 //
-//   K^T row, one channel    c0 c1 c2 c3 c4 c5 c6 ...      S[slot j][lane] = sum over channels of Q^T[lane] * K^T[lane + j]
+//   K^T row, one channel    c0 c1 c2 c3 c4 c5 c6 ...      S[slot j][lane] = sum over channels of Q^T[lane] * K^T[lane
+// + j]
 //   slot 0, lanes 0..3      ^--------^
 //   slot 1, lanes 0..3         ^--------^
 //
@@ -21,10 +22,10 @@ inline constexpr int kMaxSlots = 8, kMaxVectors = 4;
 inline constexpr int kMaxSlots = 4, kMaxVectors = 2;
 #endif
 
-// --- scores: S[row][slot][lane] ------------------------------------------------------------------------------------------
+// --- scores: S[row][slot][lane] --------------------------------------------------------------------------------------
 
-/// qt: [rows][channel][lanes], rows `q_row` apart; kt: [channel][columns], channels `pitch` apart, at the column of lane 0
-/// and slot 0; scores[row]: [slot][lanes]. maxima: null, or [rows][lanes], running.
+/// qt: [rows][channel][lanes], rows `q_row` apart; kt: [channel][columns], channels `pitch` apart, at the column of
+/// lane 0 and slot 0; scores[row]: [slot][lanes]. maxima: null, or [rows][lanes], running.
 template <class Real, class V, int kRowCount, int kSlots>
 [[gnu::noinline]] void scores_block(const Real* qt, int64_t q_row, const Real* kt, int64_t pitch, int channels,
                                     Real* const* scores, Real* maxima) {
@@ -72,7 +73,7 @@ NATTEN_INLINE ScoresBlock<Real> scores_block_for(int rows, int slots) {
   return scores_block_for<Real, V, 3>(slots, all);
 }
 
-// --- P times V: two neighbouring queries of up to kRows rows, kVectors * kLanes channels -----------------------------------
+// --- P times V: two neighbouring queries of up to kRows rows, kVectors * kLanes channels -----------------------------
 
 template <class Real, int kVectors>
 using RowPair = Vec<Real>[kRows][2][kVectors];
@@ -80,7 +81,8 @@ using RowPair = Vec<Real>[kRows][2][kVectors];
 /// Adds one column of values to the left (kWho & 1) and the right query (kWho & 2) of rows [kFirst, kLast).
 /// weights[r] points to the left query's weight of this column; the right one's is a slot before it, a lane behind it.
 template <class Real, int kFirst, int kLast, int kWho, int kVectors>
-NATTEN_INLINE void add_column(RowPair<Real, kVectors>& acc, const Real* const* weights, int64_t at, const Real* values) {
+NATTEN_INLINE void add_column(RowPair<Real, kVectors>& acc, const Real* const* weights, int64_t at,
+                              const Real* values) {
   Vec<Real> v[kVectors];
 #pragma GCC unroll 4
   for (int i = 0; i < kVectors; ++i) v[i] = load<Vec<Real>>(values + i * kLanes<Real>);
@@ -114,22 +116,28 @@ template <class Real, int kVectors>
 NATTEN_INLINE void add_key_row(RowPair<Real, kVectors>& acc, int first, int last, const Real* const* weights,
                                const Real* values, int64_t column, int window) {
   switch (first * 4 + last) {
-    case 0 * 4 + 1: return add_key_row<Real, 0, 1, kVectors>(acc, weights, values, column, window);
-    case 0 * 4 + 2: return add_key_row<Real, 0, 2, kVectors>(acc, weights, values, column, window);
-    case 0 * 4 + 3: return add_key_row<Real, 0, 3, kVectors>(acc, weights, values, column, window);
-    case 1 * 4 + 2: return add_key_row<Real, 1, 2, kVectors>(acc, weights, values, column, window);
-    case 1 * 4 + 3: return add_key_row<Real, 1, 3, kVectors>(acc, weights, values, column, window);
-    case 2 * 4 + 3: return add_key_row<Real, 2, 3, kVectors>(acc, weights, values, column, window);
+    case 0 * 4 + 1:
+      return add_key_row<Real, 0, 1, kVectors>(acc, weights, values, column, window);
+    case 0 * 4 + 2:
+      return add_key_row<Real, 0, 2, kVectors>(acc, weights, values, column, window);
+    case 0 * 4 + 3:
+      return add_key_row<Real, 0, 3, kVectors>(acc, weights, values, column, window);
+    case 1 * 4 + 2:
+      return add_key_row<Real, 1, 2, kVectors>(acc, weights, values, column, window);
+    case 1 * 4 + 3:
+      return add_key_row<Real, 1, 3, kVectors>(acc, weights, values, column, window);
+    case 2 * 4 + 3:
+      return add_key_row<Real, 2, 3, kVectors>(acc, weights, values, column, window);
   }
 }
 
-// --- gradients of two neighbouring keys: kVectors * kLanes channels of dK or dV --------------------------------------------
+// --- gradients of two neighbouring keys: kVectors * kLanes channels of dK or dV --------------------------------------
 
 template <class Real, int kVectors>
 using KeyPair = Vec<Real>[2][kVectors];
 
-/// Adds one query to the left (kWho & 1) and the right key (kWho & 2). weight[0] is the query's weight of the left key; the
-/// right key stands one slot further.
+/// Adds one query to the left (kWho & 1) and the right key (kWho & 2). weight[0] is the query's weight of the left
+/// key; the right key stands one slot further.
 template <class Real, int kWho, int kVectors>
 NATTEN_INLINE void add_query(KeyPair<Real, kVectors>& acc, const Real* weight, const Real* token) {
   Vec<Real> t[kVectors];

@@ -6,11 +6,11 @@
 namespace natten::cpu {
 namespace {
 
-constexpr int kStripColumns = 64;           // narrower strips repeat too much of the halo
-constexpr int64_t kStripBytes = 1 << 19;    // a ring that fits in half of L2 may be wider
-constexpr int64_t kRingBytes = 4 << 20;     // of an item that walks z with several key planes alive
-constexpr int kHaloShare = 4;               // a band packs at most a quarter more key rows than it has query rows
-constexpr int kBackwardItems = 4;           // what the backward pass cuts for, whatever the number of threads: a cut costs halo
+constexpr int kStripColumns = 64;         // narrower strips repeat too much of the halo
+constexpr int64_t kStripBytes = 1 << 19;  // a ring that fits in half of L2 may be wider
+constexpr int64_t kRingBytes = 4 << 20;   // of an item that walks z with several key planes alive
+constexpr int kHaloShare = 4;             // a band packs at most a quarter more key rows than it has query rows
+constexpr int kBackwardItems = 4;  // what the backward pass cuts for, whatever the number of threads: a cut costs halo
 
 int divide_up(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
@@ -18,12 +18,14 @@ int divide_up(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 int rows_seen(const Axis& y, int rows) { return std::min(y.extent, y.window + rows - 1 + y.stride - 1); }
 
 // Pieces of `extent`, as equal as possible, each but the last a multiple of `step`.
-int piece(int extent, int pieces, int step) { return std::max(divide_up(divide_up(extent, pieces), step) * step, step); }
+int piece(int extent, int pieces, int step) {
+  return std::max(divide_up(divide_up(extent, pieces), step) * step, step);
+}
 
-// The narrowest piece of an axis. NOTE: neighbouring items of the backward pass add to the same keys; items two apart must
-// not, even where the last piece has one query and its window is shifted inwards.
+// The narrowest piece of an axis. NOTE: neighbouring items of the backward pass add to the same keys; items two apart
+// must not, even where the last piece has one query and its window is shifted inwards.
 int narrowest(const Axis& a, Pass pass, int step) {
-  return pass == Pass::forward ? step : std::max(a.window + a.window / 2 + a.stride, step);
+  return pass == Pass::forward ? step : std::max(a.window + reach_before(a) + a.stride, step);
 }
 
 // How many items to cut for.
@@ -50,7 +52,8 @@ Schedule make_schedule(const Problem& p, Pass pass, int rows, int64_t row_bytes_
   const int64_t planes = p.batch * (pass == Pass::backward ? p.heads_kv : p.heads) * s.groups.volume();
   const int64_t wanted = std::max<int64_t>(wanted_items(planes, pass, num_threads) / std::max<int64_t>(planes, 1), 1);
 
-  const int fewest_columns = narrowest(x, pass, 16), fewest_rows = std::max(narrowest(y, pass, 2 * rows), kHaloShare * y.window);
+  const int fewest_columns = narrowest(x, pass, 16),
+            fewest_rows = std::max(narrowest(y, pass, 2 * rows), kHaloShare * y.window);
   const int64_t affordable_columns = kStripBytes / (row_bytes_per_column * z.window * rows_seen(y, rows)) - x.window;
   const int strip = int(std::clamp<int64_t>(affordable_columns, kStripColumns, 16 * kStripColumns));
   s.num_strips = divide_up(x.extent, pass == Pass::backward ? std::max(2 * kStripColumns, strip) : strip);

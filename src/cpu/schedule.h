@@ -10,15 +10,15 @@
 namespace natten::cpu {
 
 struct Schedule {
-  Int3 groups;      ///< dilation groups per axis
-  Int3 extent;      ///< of the largest group
-  Int3 window;      ///< of the largest group
+  Int3 groups;                    ///< dilation groups per axis
+  Int3 extent;                    ///< of the largest group
+  Int3 window;                    ///< of the largest group
   int strip = 0, num_strips = 0;  ///< columns of an item; strips of a row
   int band = 0, num_bands = 0;    ///< query rows of an item; bands of a plane
   int ring_planes = 0, ring_rows = 0;
 
-  int columns() const { return strip + window.x - 1; }                   ///< key columns of an item
-  int pitch(int lanes) const;                                            ///< of a transposed key row
+  int columns() const { return strip + window.x - 1; }  ///< key columns of an item
+  int pitch(int lanes) const;                           ///< of a transposed key row
   int ring_slots() const { return ring_planes * ring_rows; }
   int64_t group_rows() const { return int64_t{window.z} * ring_rows; }  ///< key rows that one group of rows can meet
   int64_t items_per_head() const { return groups.volume() * num_bands * num_strips; }

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: MIT
-// What the forward and the backward pass of the sliding engine share: where tokens lie, which columns a strip needs, the
-// ring of packed key rows, scores, and what is done to scores before the softmax.
+// What the forward and the backward pass of the sliding engine share: where tokens lie, which columns a strip needs,
+// the ring of packed key rows, scores, and what is done to scores before the softmax.
 //
-// Periodic column extension. A window that is shifted inwards at the border holds the same keys as the unshifted one with
-// its overhanging columns moved by one window length:
+// Periodic column extension. A window that is shifted inwards at the border holds the same keys as the unshifted one
+// with its overhanging columns moved by one window length:
 //
 //   extent 8, window 5, query 0      columns  -2 -1  0  1  2          keys 0 1 2 3 4: -2 stands for 3, -1 for 4
 //
-// A softmax does not care about the order of its keys, so packing a row with 2 + 2 such columns makes every query of the
-// row look alike. A causal window is never shifted: its overhanging columns are zero, and their scores become -infinity.
+// A softmax does not care about the order of its keys, so packing a row with 2 + 2 such columns makes every query of
+// the row look alike. A causal window is never shifted: its overhanging columns are zero, and their scores become
+// -infinity.
 #pragma once
 #include <cmath>
 
@@ -34,7 +35,8 @@ class Arena {
   int64_t used_ = 0;
 };
 
-/// The tokens of one sample, head and dilation residue, by their positions in the groups. Null where a tensor is absent.
+/// The tokens of one sample, head and dilation residue, by their positions in the groups. Null where a tensor is
+/// absent.
 template <class T>
 struct Tokens {
   T* first;
@@ -57,7 +59,7 @@ struct Columns {
 
   static int capacity(int count) { return count + 1 + 64; }
   static NATTEN_INLINE Columns of(const Axis& x, Span strip, int* sources) {
-    const int left = x.causal ? x.window - 1 : x.window / 2;
+    const int left = reach_before(x);
     const Columns c{strip.begin - left, strip.size() + x.window - 1, x.window, left, x.extent, x.causal, sources};
     for (int i = 0; i < capacity(c.count); ++i) {
       const int position = c.begin + i;
@@ -79,7 +81,7 @@ NATTEN_INLINE void prefetch_token(const T* token, int channels) {
   for (int64_t b = 0; b < channels * int64_t{sizeof(T)}; b += 64) __builtin_prefetch(bytes + b, kWrite, 2);
 }
 
-// --- packing -------------------------------------------------------------------------------------------------------------
+// --- packing ---------------------------------------------------------------------------------------------------------
 
 /// kLanes rows of `channels` elements -> [channel][lane] times `factor`, channels `pitch` apart and rounded up to whole
 /// vectors.
@@ -143,14 +145,14 @@ NATTEN_INLINE void pack_queries(const Tokens<const T>& from, int z, int y, int x
   pack_transposed_block<Real>(rows, channels, factor, to, kLanes<Real>);
 }
 
-// --- key rows --------------------------------------------------------------------------------------------------------------
+// --- key rows --------------------------------------------------------------------------------------------------------
 
 /// A key row as a group of query rows sees it.
 struct KeyRow {
-  int slot;          ///< in the ring
-  int first, last;   ///< query rows [first, last) of the group see it
+  int slot;               ///< in the ring
+  int first, last;        ///< query rows [first, last) of the group see it
   int window_row[kRows];  ///< its number among the key rows of each of them
-  int z, y;          ///< position
+  int z, y;               ///< position
 };
 
 /// Which key rows lie where in a ring of window.z planes of `rows` rows. Rows come in growing order, so a row that must
@@ -217,8 +219,8 @@ NATTEN_INLINE void fill_group(RowGroup& group, const Axis& z_axis, const Axis& y
     }
 }
 
-/// Calls f(group, x, count) for the blocks of a group's query rows in columns [x.begin, x.end): a block of lanes of each
-/// row or, if there is one row only, kRows blocks of it.
+/// Calls f(group, x, count) for the blocks of a group's query rows in columns [x.begin, x.end): a block of lanes of
+/// each row or, if there is one row only, kRows blocks of it.
 template <class Real, class F>
 NATTEN_INLINE void for_each_block(const RowGroup& group, bool single_row, Span x, F&& f) {
   const int lanes = kLanes<Real>, step = single_row ? kRows * lanes : lanes;
@@ -248,7 +250,7 @@ NATTEN_INLINE void for_each_part(const RowGroup& group, int x, int count, F&& f)
   }
 }
 
-// --- prefetching -----------------------------------------------------------------------------------------------------------
+// --- prefetching -----------------------------------------------------------------------------------------------------
 
 /// Columns [begin, end) of kRows rows from `y` on, as far as the axis goes.
 template <int kWrite, class T>
@@ -262,14 +264,14 @@ NATTEN_INLINE void prefetch_rows(const Tokens<T>& t, int z, int y, int rows, int
 /// What the next block of queries will pack: the same columns kRows rows further or, if there is one row only, the
 /// `block` columns behind these.
 template <class T>
-NATTEN_INLINE void prefetch_queries(const Tokens<T>& t, const RowGroup& group, const Item& item, bool single_row, int begin,
-                                    int end, int block, int channels) {
+NATTEN_INLINE void prefetch_queries(const Tokens<T>& t, const RowGroup& group, const Item& item, bool single_row,
+                                    int begin, int end, int block, int channels) {
   if (!single_row) return prefetch_rows<0>(t, group.z, group.y + kRows, item.y.end, begin, end, channels);
   const int limit = end + block < item.x.end ? end + block : item.x.end;
   prefetch_rows<0>(t, group.z, group.y, group.y + 1, begin + block, limit, channels);
 }
 
-// --- scores ----------------------------------------------------------------------------------------------------------------
+// --- scores ----------------------------------------------------------------------------------------------------------
 
 /// S of one block of lanes: [row of the group][key row of its window][slot][lane].
 template <class Real>
@@ -300,8 +302,8 @@ NATTEN_INLINE void for_each_segment(const RowGroup& group, const KeyRow& row, in
   }
 }
 
-/// `keys(row)` is the transposed key row at the column of lane 0 and slot 0; `queries` [row][channel][lane]; `maxima` as in
-/// scores_block, for the rows of the group. Asks
+/// `keys(row)` is the transposed key row at the column of lane 0 and slot 0; `queries` [row][channel][lane]; `maxima`
+/// as in scores_block, for the rows of the group. Asks
 /// `prefetch(i, n)`, for i = 0 .. n - 1, to fetch what is needed later: here the loads of the kernel all hit.
 template <class V, class Real, class Keys, class Prefetch>
 NATTEN_INLINE void compute_scores_wide(const RowGroup& group, const Scores<Real>& scores, const Real* queries,
@@ -319,7 +321,8 @@ NATTEN_INLINE void compute_scores_wide(const RowGroup& group, const Scores<Real>
         for (int r = rows.begin; r < rows.end; ++r)
           to[r - rows.begin] = scores.at(r, row.window_row[r], c - r * group.lane_step);
         scores_block_for<Real, V>(rows.size(), slots)(queries + rows.begin * query_stride, query_stride, kt + c, pitch,
-                                                      channels, to, maxima ? maxima + rows.begin * kLanes<Real> : nullptr);
+                                                      channels, to,
+                                                      maxima ? maxima + rows.begin * kLanes<Real> : nullptr);
         c += slots;
       }
     });
@@ -333,7 +336,8 @@ NATTEN_INLINE void compute_scores(const RowGroup& group, const Scores<Real>& sco
                                   Prefetch&& prefetch) {
   if constexpr (kVectorBytes == 64)
     if (count * 2 <= kLanes<Real>)
-      return compute_scores_wide<HalfVec<Real>>(group, scores, queries, channels, query_stride, pitch, maxima, keys, prefetch);
+      return compute_scores_wide<HalfVec<Real>>(group, scores, queries, channels, query_stride, pitch, maxima, keys,
+                                                prefetch);
   compute_scores_wide<Vec<Real>>(group, scores, queries, channels, query_stride, pitch, maxima, keys, prefetch);
 }
 
@@ -352,10 +356,11 @@ struct ScoreRules {
   }
 };
 
-/// Applies the rules to the scores of one query row and one key row. `x` is the query of lane 0; (dz, dy) = key - query.
+/// Applies the rules to the scores of one query row and one key row. `x` is the query of lane 0; (dz, dy) = key -
+/// query.
 template <class Real>
-NATTEN_INLINE void apply_rules(const ScoreRules<Real>& rules, Real* scores, const Columns& columns, int x, int dz, int dy,
-                               Real* maxima) {
+NATTEN_INLINE void apply_rules(const ScoreRules<Real>& rules, Real* scores, const Columns& columns, int x, int dz,
+                               int dy, Real* maxima) {
   using V = Vec<Real>;
   const V lane = lane_numbers<Real>();
   const Real* bias = rules.bias ? rules.bias + rules.bias_row(dz, dy) : nullptr;
@@ -366,7 +371,8 @@ NATTEN_INLINE void apply_rules(const ScoreRules<Real>& rules, Real* scores, cons
     if (bias) {
       V b = broadcast<V>(bias[dx]);
       if (x + dx < 0 && !columns.causal) b = select(before, broadcast<V>(bias[dx + columns.window]), b);
-      if (x + dx + kLanes<Real> > columns.extent && dx > 0) b = select(behind, broadcast<V>(bias[dx - columns.window]), b);
+      if (x + dx + kLanes<Real> > columns.extent && dx > 0)
+        b = select(behind, broadcast<V>(bias[dx - columns.window]), b);
       s += b;
     }
     if (columns.causal && x + dx < 0) s = select(before, broadcast<V>(Real(-INFINITY)), s);
@@ -380,7 +386,8 @@ template <class Real>
 NATTEN_INLINE void apply_rules(const ScoreRules<Real>& rules, const RowGroup& group, const Scores<Real>& scores,
                                const Columns& columns, int x, Real* maxima) {
   if (!rules.any(x - columns.left < 0)) return;
-  for (int r = 0; maxima && r < group.count; ++r) store(maxima + r * kLanes<Real>, broadcast<Vec<Real>>(Real(-INFINITY)));
+  for (int r = 0; maxima && r < group.count; ++r)
+    store(maxima + r * kLanes<Real>, broadcast<Vec<Real>>(Real(-INFINITY)));
   for (int i = 0; i < group.num_key_rows; ++i) {
     const KeyRow& row = group.key_rows[i];
     for (int r = row.first; r < row.last; ++r)
@@ -402,7 +409,8 @@ NATTEN_INLINE void store_pairs(const RowPair<Real, kVectors>& acc, const Tokens<
 #pragma GCC unroll 4
       for (int n = 0; n < kVectors; ++n) {
         const int rest = channels - channel - n * kLanes<Real>;
-        store_up_to<Real>(token + n * kLanes<Real>, acc[r][i][n] * factor(r, i), rest < kLanes<Real> ? rest : kLanes<Real>);
+        store_up_to<Real>(token + n * kLanes<Real>, acc[r][i][n] * factor(r, i),
+                          rest < kLanes<Real> ? rest : kLanes<Real>);
       }
     }
 }

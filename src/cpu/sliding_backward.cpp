@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 // The sliding backward pass: one walk over the query rows, five products. Per group of kRows query rows and block of
-// kLanes queries: S and dP by the score kernel from the rings of K^T and V^T; P and dS from them; dQ by the kernel that the
-// forward pass uses for P V; dK and dV added to fp32 (fp64) rows that travel in the ring beside their keys and are added
-// to the result when they leave it. Nothing is recomputed and nothing is atomic: items that could add to the same key
-// differ in the parity of their band or strip, and the four colours run one after the other.
+// kLanes queries: S and dP by the score kernel from the rings of K^T and V^T; P and dS from them; dQ by the kernel
+// that the forward pass uses for P V; dK and dV added to fp32 (fp64) rows that travel in the ring beside their keys
+// and are added to the result when they leave it. Nothing is recomputed and nothing is atomic: items that could add
+// to the same key differ in the parity of their band or strip, and the four colours run one after the other.
 #include "cpu/sliding_passes.h"
 
 namespace natten::cpu::NATTEN_ISA {
@@ -15,8 +15,7 @@ struct Shared {
   TensorView dk, dv;  // Real, [batch, z, y, x, heads_kv, channel]
   Real* dbias;        // [heads][batch * items][entry]
 
-  Shared(const Problem& p, const BackwardArgs& args, const Layout<Real>& l, Arena& arena)
-      : dk(args.dk), dv(args.dv) {
+  Shared(const Problem& p, const BackwardArgs& args, const Layout<Real>& l, Arena& arena) : dk(args.dk), dv(args.dv) {
     if (!std::is_same_v<T, Real>) {
       dk = take(p, p.head_dim, arena);
       dv = take(p, p.head_dim_v, arena);
@@ -40,12 +39,12 @@ struct BackwardScratch {
   int64_t* owners;
   int* sources;
   KeyRow* key_rows;
-  Real *queries, *douts;            // [kRows][channel][lane]
-  Real *query_rows, *dout_rows;     // [kRows][lane][channel]
-  Real *p, *ds;                     // [kRows][key row][slot][lane]
-  Real *keys, *values;              // [slot of the ring][channel][column]
-  Real *key_rows_natural;           // [slot of the ring][column][channel]
-  Real *dk, *dv;                    // likewise
+  Real *queries, *douts;         // [kRows][channel][lane]
+  Real *query_rows, *dout_rows;  // [kRows][lane][channel]
+  Real *p, *ds;                  // [kRows][key row][slot][lane]
+  Real *keys, *values;           // [slot of the ring][channel][column]
+  Real* key_rows_natural;        // [slot of the ring][column][channel]
+  Real *dk, *dv;                 // likewise
 
   BackwardScratch(const Layout<Real>& l, Arena& arena) {
     const int64_t slots = l.schedule.ring_slots();
@@ -92,18 +91,19 @@ struct BackwardItem {
   void add_to(const Tokens<Real>& sum, const Real* row, int z, int y, int channels, int64_t width, Real factor);
   void block(const RowGroup& group, int x, int count);
   void pack_block(const RowGroup& group, int x, int count);
-  void finish(const RowGroup& group, const Scores<Real>& p_scores, const Scores<Real>& ds_scores, const Real* query_rows,
-              const Real* dout_rows, int x, int count);
-  void softmax(const RowGroup& group, const Scores<Real>& p_scores, const Scores<Real>& ds_scores, const Real* dout_rows,
-               int x, int count);
+  void finish(const RowGroup& group, const Scores<Real>& p_scores, const Scores<Real>& ds_scores,
+              const Real* query_rows, const Real* dout_rows, int x, int count);
+  void softmax(const RowGroup& group, const Scores<Real>& p_scores, const Scores<Real>& ds_scores,
+               const Real* dout_rows, int x, int count);
   void bias_gradient(const RowGroup& group, const Scores<Real>& ds_scores, int x, int count);
+  void bias_row_gradient(const Real* ds, int64_t entry, int x, int count);
   template <int kVectors>
   void query_gradient(const RowGroup& group, const Scores<Real>& ds_scores, int x, int lane, int count, int channel);
   void key_gradient(const RowGroup& group, const Scores<Real>& weights, const Real* tokens, int64_t width, Real* sums,
                     int x, int count);
   template <int kVectors>
-  void key_pair(const KeyRow& row, const Scores<Real>& weights, const Real* tokens, int64_t width, Real* sum, int column,
-                SeeingLanes lanes);
+  void key_pair(const KeyRow& row, const Scores<Real>& weights, const Real* tokens, int64_t width, Real* sum,
+                int column, SeeingLanes lanes);
 };
 
 template <class T, class Real>
@@ -125,9 +125,12 @@ void BackwardItem<T, Real>::run() {
 template <class T, class Real>
 void BackwardItem<T, Real>::pack(int slot, int z, int y) {
   const int ahead = y_axis.extent == 1 ? 2 * kLanes<Real> : 0;  // elsewhere the group before has fetched the row
-  pack_transposed<Real>(k, z, y, columns, p.head_dim, scratch.zeros, ahead, scratch.keys + slot * l.transposed_size(l.dim), l.pitch);
-  pack_transposed<Real>(v, z, y, columns, p.head_dim_v, scratch.zeros, ahead, scratch.values + slot * l.transposed_size(l.dim_v), l.pitch);
-  pack_rows<Real>(k, z, y, columns, p.head_dim, scratch.zeros, ahead, scratch.key_rows_natural + slot * l.natural_size(l.dim), l.dim);
+  pack_transposed<Real>(k, z, y, columns, p.head_dim, scratch.zeros, ahead,
+                        scratch.keys + slot * l.transposed_size(l.dim), l.pitch);
+  pack_transposed<Real>(v, z, y, columns, p.head_dim_v, scratch.zeros, ahead,
+                        scratch.values + slot * l.transposed_size(l.dim_v), l.pitch);
+  pack_rows<Real>(k, z, y, columns, p.head_dim, scratch.zeros, ahead,
+                  scratch.key_rows_natural + slot * l.natural_size(l.dim), l.dim);
   clear(scratch.dk + slot * l.natural_size(l.dim), l.natural_size(l.dim));
   clear(scratch.dv + slot * l.natural_size(l.dim_v), l.natural_size(l.dim_v));
 }
@@ -174,7 +177,8 @@ void BackwardItem<T, Real>::pack_block(const RowGroup& group, int x, int count) 
 template <class T, class Real>
 void BackwardItem<T, Real>::block(const RowGroup& group, int x, int count) {
   pack_block(group, x, count);
-  const Scores<Real> p_scores{scratch.p, l.score_stride, x_axis.window}, ds_scores{scratch.ds, l.score_stride, x_axis.window};
+  const Scores<Real> p_scores{scratch.p, l.score_stride, x_axis.window},
+      ds_scores{scratch.ds, l.score_stride, x_axis.window};
   const int64_t size = l.dim * kLanes<Real>, size_v = l.dim_v * kLanes<Real>;
   const int column = x - item.x.begin;
   // See the forward pass: the next group's rows, and those that this one will write.
@@ -198,10 +202,11 @@ void BackwardItem<T, Real>::block(const RowGroup& group, int x, int count) {
       [&](const KeyRow& row) { return scratch.keys + row.slot * l.transposed_size(l.dim) + column; }, prefetch_inputs);
   compute_scores<Real>(
       group, ds_scores, scratch.douts, p.head_dim_v, size_v, l.pitch, count, nullptr,
-      [&](const KeyRow& row) { return scratch.values + row.slot * l.transposed_size(l.dim_v) + column; }, prefetch_others);
+      [&](const KeyRow& row) { return scratch.values + row.slot * l.transposed_size(l.dim_v) + column; },
+      prefetch_others);
   for_each_part<Real>(group, x, count, [&](const RowGroup& part, int r, int part_x, int part_count) {
-    finish(part, p_scores.from_row(r), ds_scores.from_row(r), scratch.query_rows + r * size, scratch.dout_rows + r * size_v,
-           part_x, part_count);
+    finish(part, p_scores.from_row(r), ds_scores.from_row(r), scratch.query_rows + r * size,
+           scratch.dout_rows + r * size_v, part_x, part_count);
   });
 }
 
@@ -242,49 +247,57 @@ void BackwardItem<T, Real>::softmax(const RowGroup& group, const Scores<Real>& p
   }
 }
 
+template <class T, class Real>
+void BackwardItem<T, Real>::bias_gradient(const RowGroup& group, const Scores<Real>& ds_scores, int x, int count) {
+  for (int i = 0; i < group.num_key_rows; ++i) {
+    const KeyRow& row = group.key_rows[i];
+    for (int r = row.first; r < row.last; ++r)
+      bias_row_gradient(ds_scores.at(r, row.window_row[r]), rules.bias_row(row.z - group.z, row.y - group.y - r), x,
+                        count);
+  }
+}
+
 // dbias of an entry = sum of dS over the queries and keys that it joins. Lanes are summed at the end of the item; lanes
 // whose slot hangs over the border belong to an entry one window away (see apply_rules).
 template <class T, class Real>
-void BackwardItem<T, Real>::bias_gradient(const RowGroup& group, const Scores<Real>& ds_scores, int x, int count) {
+void BackwardItem<T, Real>::bias_row_gradient(const Real* ds, int64_t entry, int x, int count) {
   using V = Vec<Real>;
   const V lane = lane_numbers<Real>(), zero = {};
   auto add = [](Real* to, V v) { store(to, load<V>(to) + v); };
-  for (int i = 0; i < group.num_key_rows; ++i)
-    for (int r = group.key_rows[i].first; r < group.key_rows[i].last; ++r) {
-      const KeyRow& row = group.key_rows[i];
-      const Real* ds = ds_scores.at(r, row.window_row[r]);
-      for (int j = 0; j < columns.window; ++j, ds += kLanes<Real>) {
-        const int dx = j - columns.left, shift = columns.window * kLanes<Real>;
-        Real* to = scratch.dbias + (rules.bias_row(row.z - group.z, row.y - group.y - r) + dx) * kLanes<Real>;
-        V g = select(lane < Real(count), load<V>(ds), zero);
-        if (x + dx < 0) {
-          const auto before = lane < Real(-(x + dx));
-          if (!columns.causal) add(to + shift, select(before, g, zero));
-          g = select(before, zero, g);
-        }
-        if (x + dx + count > columns.extent) {
-          const auto behind = lane >= Real(columns.extent - (x + dx));
-          add(to - shift, select(behind, g, zero));
-          g = select(behind, zero, g);
-        }
-        add(to, g);
-      }
+  const int64_t shift = int64_t{columns.window} * kLanes<Real>;
+  for (int j = 0; j < columns.window; ++j, ds += kLanes<Real>) {
+    const int dx = j - columns.left;
+    Real* to = scratch.dbias + (entry + dx) * kLanes<Real>;
+    V g = select(lane < Real(count), load<V>(ds), zero);
+    if (x + dx < 0) {
+      const auto before = lane < Real(-(x + dx));
+      if (!columns.causal) add(to + shift, select(before, g, zero));
+      g = select(before, zero, g);
     }
+    if (x + dx + count > columns.extent) {
+      const auto behind = lane >= Real(columns.extent - (x + dx));
+      add(to - shift, select(behind, g, zero));
+      g = select(behind, zero, g);
+    }
+    add(to, g);
+  }
 }
 
 template <class T, class Real>
 template <int kVectors>
-void BackwardItem<T, Real>::query_gradient(const RowGroup& group, const Scores<Real>& ds_scores, int x, int lane, int count,
-                                           int channel) {
+void BackwardItem<T, Real>::query_gradient(const RowGroup& group, const Scores<Real>& ds_scores, int x, int lane,
+                                           int count, int channel) {
   RowPair<Real, kVectors> acc = {};
   for (int i = 0; i < group.num_key_rows; ++i) {
     const KeyRow& row = group.key_rows[i];
     const Real* weights[kRows];
     for (int r = 0; r < kRows; ++r) weights[r] = ds_scores.at(r, row.window_row[r]) + lane;
-    const Real* from = scratch.key_rows_natural + row.slot * l.natural_size(l.dim) + (x - item.x.begin + lane) * l.dim + channel;
+    const Real* from =
+        scratch.key_rows_natural + row.slot * l.natural_size(l.dim) + (x - item.x.begin + lane) * l.dim + channel;
     add_key_row<Real, kVectors>(acc, row.first, row.last, weights, from, l.dim, x_axis.window);
   }
-  store_pairs<Real, kVectors>(acc, dq, group, x, lane, count, channel, p.head_dim, [&](int, int) { return Real(p.scale); });
+  store_pairs<Real, kVectors>(acc, dq, group, x, lane, count, channel, p.head_dim,
+                              [&](int, int) { return Real(p.scale); });
 }
 
 template <class T, class Real>
@@ -315,8 +328,8 @@ void BackwardItem<T, Real>::key_pair(const KeyRow& row, const Scores<Real>& weig
     acc[1][n] = load<Vec<Real>>(sum + width + n * kLanes<Real>);
   }
   for (int r = row.first; r < row.last; ++r)
-    add_query_row<Real, kVectors>(acc, weights.at(r, row.window_row[r], column), tokens + r * width * kLanes<Real>, width,
-                                  lanes);
+    add_query_row<Real, kVectors>(acc, weights.at(r, row.window_row[r], column), tokens + r * width * kLanes<Real>,
+                                  width, lanes);
 #pragma GCC unroll 4
   for (int n = 0; n < kVectors; ++n) {
     store(sum + n * kLanes<Real>, acc[0][n]);
@@ -338,14 +351,27 @@ void backward_item(const Problem& p, const BackwardArgs& args, const Layout<Real
     if (bias) pack_bias<T>(p, args.bias, head, Real(kLog2E), scratch.bias);
     auto of_q = [&](const TensorView& t) { return tokens<const T>(p, t, item.batch, head, item.residue); };
     auto of_k = [&](const TensorView& t) { return tokens<const T>(p, t, item.batch, item.head, item.residue); };
-    BackwardItem<T, Real>{p, l, scratch, item, z, y, x, Columns::of(x, item.x, scratch.sources), of_q(args.q), of_k(args.k), of_k(args.v),
-                          of_q(args.out), of_q(args.dout),
+    BackwardItem<T, Real>{p,
+                          l,
+                          scratch,
+                          item,
+                          z,
+                          y,
+                          x,
+                          Columns::of(x, item.x, scratch.sources),
+                          of_q(args.q),
+                          of_k(args.k),
+                          of_k(args.v),
+                          of_q(args.out),
+                          of_q(args.dout),
                           tokens<const Real>(p, args.lse, item.batch, head, item.residue),
                           tokens<const Real>(p, args.dlse, item.batch, head, item.residue),
                           tokens<T>(p, args.dq, item.batch, head, item.residue),
                           tokens<Real>(p, shared.dk, item.batch, item.head, item.residue),
                           tokens<Real>(p, shared.dv, item.batch, item.head, item.residue),
-                          {bias, p.axes, x.causal}, l.owns_keys() && i == 0}.run();
+                          {bias, p.axes, x.causal},
+                          l.owns_keys() && i == 0}
+        .run();
     Real* dbias = shared.dbias + ((head * p.batch + item.batch) * items + index % items) * l.bias_size;
     for (int64_t e = 0; e < l.bias_size; ++e) dbias[e] = sum_lanes(load<Vec<Real>>(scratch.dbias + e * kLanes<Real>));
   }
@@ -370,7 +396,8 @@ void store_sums(const Problem& p, const Executor& executor, const TensorView& su
   for_each_key(p, executor, [&](int64_t batch, Int3 token, int head) {
     const Real* from = pointer<Real>(sums) + offset(sums, batch, token, head);
     T* row = pointer<T>(to) + offset(to, batch, token, head);
-    for_each_vector<Real>(dim, [&](int d, int lanes) { store_up_to<Real>(row + d, load_up_to<Real>(from + d, lanes), lanes); });
+    for_each_vector<Real>(
+        dim, [&](int d, int lanes) { store_up_to<Real>(row + d, load_up_to<Real>(from + d, lanes), lanes); });
   });
 }
 
@@ -400,7 +427,8 @@ void backward_typed(const Problem& p, const BackwardArgs& args, const Executor& 
     });
   store_sums<T, Real>(p, executor, shared.dk, args.dk, p.head_dim);
   store_sums<T, Real>(p, executor, shared.dv, args.dv, p.head_dim_v);
-  if (p.has_bias && args.dbias) reduce_bias<T>(p, shared.dbias, p.batch * l.schedule.items_per_head(), executor, args.dbias);
+  if (p.has_bias && args.dbias)
+    reduce_bias<T>(p, shared.dbias, p.batch * l.schedule.items_per_head(), executor, args.dbias);
 }
 
 }  // namespace
@@ -417,7 +445,8 @@ size_t sliding_backward_workspace(const Problem& p, int num_threads) {
 }
 
 void sliding_backward(const Problem& p, const BackwardArgs& args, const Executor& executor, void* workspace) {
-  dispatch(p.dtype, [&](auto element) { backward_typed<decltype(element)>(p, args, executor, static_cast<char*>(workspace)); });
+  dispatch(p.dtype,
+           [&](auto element) { backward_typed<decltype(element)>(p, args, executor, static_cast<char*>(workspace)); });
 }
 
 }  // namespace natten::cpu::NATTEN_ISA

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The sliding forward pass. A work item walks its query rows in groups of kRows; the key rows that a group sees lie packed
-// in a ring, K transposed and V as it is. Per group and block of kLanes queries: scores, softmax over all slots of a lane
-// (two passes over scores that sit in L1 or L2), then P times V for two neighbouring queries at a time.
+// The sliding forward pass. A work item walks its query rows in groups of kRows; the key rows that a group sees lie
+// packed in a ring, K transposed and V as it is. Per group and block of kLanes queries: scores, softmax over all
+// slots of a lane (two passes over scores that sit in L1 or L2), then P times V for two neighbouring queries at a time.
 #include "cpu/sliding_passes.h"
 
 namespace natten::cpu::NATTEN_ISA {
@@ -61,8 +61,10 @@ void ForwardItem<T, Real>::run() {
   RowRing ring(scratch.owners, l.schedule.ring_planes, l.schedule.ring_rows);
   const int ahead = y_axis.extent == 1 ? 2 * kLanes<Real> : 0;  // elsewhere the group before has fetched the row
   auto pack = [&](int slot, int z, int y) {
-    pack_transposed<Real>(k, z, y, columns, p.head_dim, scratch.zeros, ahead, scratch.keys + slot * l.transposed_size(l.dim), l.pitch);
-    pack_rows<Real>(v, z, y, columns, p.head_dim_v, scratch.zeros, ahead, scratch.values + slot * l.natural_size(l.dim_v), l.dim_v);
+    pack_transposed<Real>(k, z, y, columns, p.head_dim, scratch.zeros, ahead,
+                          scratch.keys + slot * l.transposed_size(l.dim), l.pitch);
+    pack_rows<Real>(v, z, y, columns, p.head_dim_v, scratch.zeros, ahead,
+                    scratch.values + slot * l.natural_size(l.dim_v), l.dim_v);
   };
   auto evict = [](int, int, int) {};
   for (int z = 0; z < z_axis.extent; ++z)
@@ -81,9 +83,7 @@ void ForwardItem<T, Real>::block(const RowGroup& group, int x, int count) {
     pack_queries(q, group.z, group.y_of(r), group.x_of(r, x), count - r * group.lane_step, p.head_dim,
                  Real(p.scale * kLog2E), scratch.queries + r * query_stride);
   const Scores<Real> scores{scratch.scores, l.score_stride, x_axis.window};
-  auto keys = [&](const KeyRow& row) {
-    return scratch.keys + row.slot * l.transposed_size(l.dim) + x - item.x.begin;
-  };
+  auto keys = [&](const KeyRow& row) { return scratch.keys + row.slot * l.transposed_size(l.dim) + x - item.x.begin; };
   // While this group computes, the rows that the next one will pack, and those that this one will write, come closer.
   const KeyRow& last = group.key_rows[group.num_key_rows - 1];
   auto prefetch = [&](int i, int n) {
@@ -151,7 +151,8 @@ void ForwardItem<T, Real>::values(const RowGroup& group, const Scores<Real>& sco
     const KeyRow& row = group.key_rows[i];
     const Real* weights[kRows];
     for (int r = 0; r < kRows; ++r) weights[r] = scores.at(r, row.window_row[r]) + lane;
-    const Real* from = scratch.values + row.slot * l.natural_size(l.dim_v) + (x - item.x.begin + lane) * l.dim_v + channel;
+    const Real* from =
+        scratch.values + row.slot * l.natural_size(l.dim_v) + (x - item.x.begin + lane) * l.dim_v + channel;
     add_key_row<Real, kVectors>(acc, row.first, row.last, weights, from, l.dim_v, x_axis.window);
   }
   store_pairs<Real, kVectors>(acc, out, group, x, lane, count, channel, p.head_dim_v,
@@ -169,13 +170,21 @@ void forward_item(const Problem& p, const ForwardArgs& args, const Layout<Real>&
   const Real* bias = p.has_bias ? scratch.bias : nullptr;
   if (bias) pack_bias<T>(p, args.bias, item.head, Real(kLog2E), scratch.bias);
   clear(scratch.zeros, l.dim > l.dim_v ? l.dim : l.dim_v);
-  ForwardItem<T, Real>{p, l, scratch, item, z, y, x, Columns::of(x, item.x, scratch.sources),
+  ForwardItem<T, Real>{p,
+                       l,
+                       scratch,
+                       item,
+                       z,
+                       y,
+                       x,
+                       Columns::of(x, item.x, scratch.sources),
                        tokens<const T>(p, args.q, item.batch, item.head, item.residue),
                        tokens<const T>(p, args.k, item.batch, head_kv, item.residue),
                        tokens<const T>(p, args.v, item.batch, head_kv, item.residue),
                        tokens<T>(p, args.out, item.batch, item.head, item.residue),
                        tokens<Real>(p, args.lse, item.batch, item.head, item.residue),
-                       {bias, p.axes, x.causal}}.run();
+                       {bias, p.axes, x.causal}}
+      .run();
 }
 
 template <class T>

@@ -63,7 +63,8 @@ void pack_bias(const Problem& p, const TensorView& bias, int head, Real factor, 
 
 /// dbias = the sum, in order, of `parts` partial tables of each head: [head][part][entry].
 template <class T, class Real>
-void reduce_bias(const Problem& p, const Real* partial, int64_t parts, const Executor& executor, const TensorView& dbias) {
+void reduce_bias(const Problem& p, const Real* partial, int64_t parts, const Executor& executor,
+                 const TensorView& dbias) {
   const int64_t entries = bias_entries(p);
   const int height = 2 * p.axes[1].window - 1, width = 2 * p.axes[2].window - 1;
   executor.run(p.heads, [&](int64_t head) {

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-// The vector layer: as wide as the instruction set of this translation unit, in the compiler's own vector types, so that
-// arithmetic reads like arithmetic. Each kernel file is compiled once per instruction set with NATTEN_ISA naming its
-// namespace; nothing in these headers may exist outside of it, or the linker could hand AVX-512 code to another copy.
+// The vector layer: as wide as the instruction set of this translation unit, in the compiler's own vector types, so
+// that arithmetic reads like arithmetic. Each kernel file is compiled once per instruction set with NATTEN_ISA naming
+// its namespace; nothing in these headers may exist outside of it, or the linker could hand AVX-512 code to another
+// copy.
 #pragma once
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -94,28 +95,31 @@ NATTEN_INLINE auto sum_lanes(V v) {
   return sum;
 }
 
-// --- 2^x for x <= 0 ----------------------------------------------------------------------------------------------------
-// x = n + f with |f| <= 1/2; a polynomial gives 2^f, and n goes into an exponent. Adding and subtracting 1.5 * 2^23 rounds;
-// the same sum holds n + bias in its low bits. Below about -bias - 1/2 the result is 0, also for -infinity; NaN stays NaN.
+// --- 2^x for x <= 0 --------------------------------------------------------------------------------------------------
+// x = n + f with |f| <= 1/2; a polynomial gives 2^f, and n goes into an exponent. Adding and subtracting 1.5 * 2^23
+// rounds; the same sum holds n + bias in its low bits. Below about -bias - 1/2 the result is 0, also for -infinity;
+// NaN stays NaN.
 
 template <class Real>
 struct Exp2;
 template <>
 struct Exp2<float> {  // minimax, degree 6: 0.95 ulp
   using Int = int32_t;
-  static constexpr float kCoefficients[] = {0x1.41d334p-13f, 0x1.5f456ap-10f, 0x1.3b2dbcp-7f, 0x1.c6aed4p-5f,
-                                            0x1.ebfbdap-3f,  0x1.62e430p-1f,  1.0f};
+  static constexpr float kCoefficients[] = {
+      0x1.41d334p-13f, 0x1.5f456ap-10f, 0x1.3b2dbcp-7f, 0x1.c6aed4p-5f, 0x1.ebfbdap-3f, 0x1.62e430p-1f, 1.0f};
   static constexpr int kMantissaBits = 23, kBias = 127;
   static constexpr float kRound = 0x1.8p23f;
 };
 template <>
 struct Exp2<double> {  // Taylor, degree 13: ln(2)^i / i!
   using Int = int64_t;
-  static constexpr double kCoefficients[] = {
-      1.3691488853904128e-12, 2.5678435993488206e-11, 4.4455382718708116e-10, 7.0549116208011234e-09,
-      1.0178086009239699e-07, 1.3215486790144309e-06, 1.5252733804059841e-05, 1.5403530393381610e-04,
-      1.3333558146428443e-03, 9.6181291076284772e-03, 5.5504108664821580e-02, 2.4022650695910072e-01,
-      6.9314718055994531e-01, 1.0};
+  static constexpr double kCoefficients[] = {1.3691488853904128e-12, 2.5678435993488206e-11,
+                                             4.4455382718708116e-10, 7.0549116208011234e-09,
+                                             1.0178086009239699e-07, 1.3215486790144309e-06,
+                                             1.5252733804059841e-05, 1.5403530393381610e-04,
+                                             1.3333558146428443e-03, 9.6181291076284772e-03,
+                                             5.5504108664821580e-02, 2.4022650695910072e-01,
+                                             6.9314718055994531e-01, 1.0};
   static constexpr int kMantissaBits = 52, kBias = 1023;
   static constexpr double kRound = 0x1.8p52;
 };
@@ -140,7 +144,7 @@ NATTEN_INLINE Vec<Real> exp2(Vec<Real> x) {
   return p * (Vec<Real>)((Bits)shifted << E::kMantissaBits);
 }
 
-// --- natural logarithm of x > 0; NaN for NaN and infinity -----------------------------------------------------------------------------------
+// --- natural logarithm of x > 0; NaN for NaN and infinity ------------------------------------------------------------
 // x = 2^n m with m in [1/sqrt 2, sqrt 2): ln m = 2 artanh(t), t = (m - 1) / (m + 1), |t| < 0.172, by its series.
 
 template <class Real>
@@ -160,7 +164,7 @@ NATTEN_INLINE Vec<Real> log(Vec<Real> x) {
   return n * Real(kLn2) + (t + t) * series + (x - x);
 }
 
-// --- elements in memory --------------------------------------------------------------------------------------------------
+// --- elements in memory ----------------------------------------------------------------------------------------------
 
 /// kLanes elements of a tensor, as Real.
 template <class Real, class T>
@@ -231,7 +235,7 @@ NATTEN_INLINE Real dot(const Real* a, const T* b, int dim) {
   return sum_lanes(sum);
 }
 
-// --- transposition ---------------------------------------------------------------------------------------------------------
+// --- transposition ---------------------------------------------------------------------------------------------------
 
 /// Swaps, between two rows, the lanes that differ in bit kBit of row and lane number:
 ///   kBit 1, rows  a0 a1 a2 a3  ->  a0 b0 a2 b2

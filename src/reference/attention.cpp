@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // The oracle: plain loops over the definition, all sums in double. It runs every valid problem, and nothing in it is
-// clever; every other engine is compared with it, and it is compared with a dense attention that shares none of its code.
-// One task is one sample and one key/value head, so no two tasks write to the same place.
+// clever; every other engine is compared with it, and it is compared with a dense attention that shares none of its
+// code. One task is one sample and one key/value head, so no two tasks write to the same place.
 #include <algorithm>
 #include <cmath>
 
@@ -68,7 +68,8 @@ struct Query {
   int head_kv() const { return head / p.heads_per_kv(); }
   const T* q() const { return pointer<T>(args.q) + offset(args.q, batch, token, head); }
 
-  // visit(logit, k, v, key token, bias index, -) for keys of the grid, visit(logit, k, v, null, -, n) for additional ones.
+  // visit(logit, k, v, key token, bias index, -) for keys of the grid, visit(logit, k, v, null, -, n) for additional
+  // ones.
   template <class Visit>
   void for_each(Visit visit) const {
     for_each_key(p, token, [&](Int3 key, Int3 rel) {
