@@ -19,17 +19,17 @@ ctest_args=(--stop-on-failure --no-tests=error -E "fuzz|install|declarations|exa
 # name | file, below the root | sed expression | what it breaks
 mutants() {
   cat << 'END'
-window-even|include/natten/neighborhood.h|s|leader - g.window / 2,|leader - (g.window - 1) / 2,|an even window reaches to the right instead
+window-even|include/natten/neighborhood.h|s|g.window - 1 : g.window / 2;|g.window - 1 : (g.window - 1) / 2;|an even window reaches to the right instead
 window-border|include/natten/neighborhood.h|s|return {begin, begin + g.window};|return {begin, detail::min(begin + g.window, leader + (g.window + 1) / 2)};|a window is cut at the near border, not shifted
-window-inverse|include/natten/neighborhood.h|s|detail::ceil_div(p - g.window + 1 + left - leader_offset, g.stride)|detail::ceil_div(p - g.window + 2 + left - leader_offset, g.stride)|query_span misses its first query: wrong dk and dv only
+window-inverse|include/natten/neighborhood.h|s|p - g.window + 1 + reach_before(g)|p - g.window + 2 + reach_before(g)|query_span misses its first query: wrong dk and dv only
 dilation-groups|include/natten/neighborhood.h|s|(a.extent - r - 1) / a.dilation + 1|a.extent / a.dilation|groups of unequal length lose their last token
 dilation-window|include/natten/neighborhood.h|s|const int window = detail::min(a.window, extent);|const int window = detail::min(a.window, detail::max(extent - (a.dilation > 1 \&\& a.window > 0), 1));|with dilation, a window as long as its group loses a key
-causal-future|include/natten/neighborhood.h|s|detail::max(leader - g.window + 1, 0), p + 1}|detail::max(leader - g.window + 1, 0), detail::min(p + 2, g.extent)}|a causal query sees one key of the future
+causal-future|include/natten/neighborhood.h|s|reach_before(g), 0), p + 1}|reach_before(g), 0), detail::min(p + 2, g.extent)}|a causal query sees one key of the future
 causal-stride|include/natten/neighborhood.h|s|g.causal ? g.stride - 1 : g.stride / 2|g.stride / 2|a causal stride group follows its middle
 bias-index|include/natten/neighborhood.h|s|return key - query + a.window - 1;|return query - key + a.window - 1;|the bias table is read backwards
 lse-reference|src/reference/attention.cpp|s|p.head_dim_v) - dlse;|p.head_dim_v) + 0 * dlse;|the oracle drops the gradient of lse
 lse-cpu-loops|src/cpu/loops.cpp|s|(args.dlse ? sum_at|(args.dlse \&\& p.head_dim < 0 ? sum_at|the plain loops drop the gradient of lse
-lse-cpu-sliding|src/cpu/sliding_backward.cpp|s|if (has_dlse) delta\[lane\] -=|if (has_dlse) delta[lane] +=|the sliding kernel has the wrong sign on the gradient of lse
+lse-cpu-sliding|src/cpu/sliding_backward.cpp|s|if (dlse) delta\[lane\] -=|if (dlse) delta[lane] +=|the sliding kernel has the wrong sign on the gradient of lse
 lse-torch|python/natten/_ops.py|s|return \*_bwd(dout, dlse, x|return *_bwd(dout, None, x|autograd drops the gradient of lse (Python only)
 END
 }
