@@ -22,7 +22,9 @@ KERNEL_FOLDERS = ("src/cpu/", "src/cuda/")
 TOUR_SLACK = 0.10
 
 # (path, rule) -> why. Rules are the first words of the messages below.
-EXCEPTIONS: dict[tuple[str, str], str] = {}
+EXCEPTIONS: dict[tuple[str, str], str] = {
+    ("tools/mutate.sh", "width"): "one mutant a line: file, two expressions, what it breaks",
+}
 
 CPP = {".h", ".cuh", ".cpp", ".cu"}
 SOURCE = CPP | {".py", ".sh", ".cmake", ".toml", ".yml", ".yaml"}

@@ -22,7 +22,8 @@ complain() {  # complain WHAT LINES
 }
 
 complain "undefined symbols of CPython" "$(grep -E '^_?Py[A-Z_]' <<< "$undefined" || true)"
-complain "undefined symbols of CUDA" "$(grep -E '^(cu[A-Z]|cuda[A-Z]|__cuda|nv[A-Z]|nccl|cublas|cudnn)' <<< "$undefined" || true)"
+complain "undefined symbols of CUDA" "$(grep \
+  -E '^(cu[A-Z]|cuda[A-Z]|__cuda|nv[A-Z]|nccl|cublas|cudnn)' <<< "$undefined" || true)"
 complain "undefined C++ symbols of torch" "$(grep -E '^_Z.*(2at|3c10|5torch)[0-9A-Z]' <<< "$undefined" || true)"
 complain "needed libraries beside libtorch_cpu and the C++ runtime" "$(grep -vE \
   '^(libtorch_cpu\.so|lib(c|m|dl|pthread|rt|gcc_s|stdc\+\+)\.so(\.[0-9]+)?|ld-linux.*)$' <<< "$needed" || true)"
