@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """T-1: axes around the lengths of vectors and tiles, inputs between guard bands of NaN. T-24: the smallest problems."""
 
+import itertools
 import math
 
 import cases
@@ -40,24 +41,20 @@ def windows_of(extent):
 
 def check_lengths(lengths, dtype, dilations=(1, 2, 3), build=lambda extent: (extent,)):
     """All windows, strides and causal flags on an axis of each length, the last one, along which engines vectorise."""
-    for extent in lengths:
-        for window in windows_of(extent):
-            for dilation in dilations:
-                if window * dilation > extent:
-                    continue
-                for stride in {1, min(2, window), window}:
-                    for causal in (False, True):
-                        grid = build(extent)
-                        outer = len(grid) - 1
-                        case = Case(
-                            grid,
-                            (min(2, min(grid)),) * outer + (window,),
-                            (1,) * outer + (stride,),
-                            (1,) * outer + (dilation,),
-                            (False,) * outer + (causal,),
-                            head_dim=3,
-                        )
-                        check_guarded(case, dtype, cases.plans_of(case, dtype))
+    problems = ((e, w, d) for e in lengths for w in windows_of(e) for d in dilations if w * d <= e)
+    for extent, window, dilation in problems:
+        grid = build(extent)
+        outer = len(grid) - 1
+        for stride, causal in itertools.product({1, min(2, window), window}, (False, True)):
+            case = Case(
+                grid,
+                (min(2, min(grid)),) * outer + (window,),
+                (1,) * outer + (stride,),
+                (1,) * outer + (dilation,),
+                (False,) * outer + (causal,),
+                head_dim=3,
+            )
+            check_guarded(case, dtype, cases.plans_of(case, dtype))
 
 
 LENGTHS = (2, 3, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33)
