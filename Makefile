@@ -104,7 +104,7 @@ asan: | $(DONE)/system-test $(DONE)/venv
 	NATTEN_FUZZ_SECONDS=$(FUZZ_SECONDS) GTEST_FILTER='-*Determinism*:*Containment.Backward*' \
 	  ctest --preset asan --no-tests=error -j $(JOBS) $(CTEST_ARGS)
 
-bench: $(DONE)/natten $(DONE)/dependencies-test
+bench: build/dev/.tests $(DONE)/natten $(DONE)/dependencies-test
 	$(call say,CPU benchmark)
 	$(PY) bench/cpu.py $(BENCH_ARGS)
 
