@@ -3,9 +3,14 @@
 // makes. It touches torch through the stable ABI of 2.10 alone, so one binary serves every later torch; and no
 // CPython, so it serves every Python. Errors leave as `natten[kind] sentence`, which python/natten maps to Python's
 // exceptions.
+#include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
+#include <optional>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "natten/attention.h"
 #include "natten/error.h"
@@ -222,8 +227,13 @@ Inputs make_inputs(Tensor q, Tensor k, Tensor v, OptionalTensor bias, OptionalTe
   return {with_unit_last_stride(q), with_unit_last_stride(k), with_unit_last_stride(v), bias, extra_k, extra_v};
 }
 
-// torch's own threads: torch.set_num_threads and OMP_NUM_THREADS hold, nothing is spawned here.
-natten::Executor torch_executor() {
+// torch's own threads: torch.set_num_threads and OMP_NUM_THREADS hold, nothing is spawned here. Waking them takes
+// longer than a problem of a few microseconds.
+natten::Executor torch_executor(const natten::Problem& p) {
+  double products = double(p.batch) * p.heads * p.tokens() * (p.head_dim + p.head_dim_v);
+  double keys = p.has_window() ? 1 : 0;
+  for (const natten::Axis& a : p.axes) keys *= std::min(a.window, a.extent);
+  if (products * (keys + p.extra_keys) < 1 << 19) return natten::serial_executor();
   uint32_t threads = 1;
   TORCH_SUBSET_CALL(torch_get_num_threads(&threads));
   return {int(threads), [](int64_t count, const std::function<void(int64_t)>& task) {
@@ -289,7 +299,7 @@ std::tuple<Tensor, Tensor> na_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor b
     in.fill(args, par.rank());
     args.out = grid_view(out, par.rank());
     args.lse = grid_view(lse, par.rank());
-    const natten::Executor executor = torch_executor();
+    const natten::Executor executor = torch_executor(p);
     const Workspace workspace(workspace_bytes(p, natten::Pass::forward, plan, executor.num_threads));
     forward(p, args, plan, executor, workspace.data());
     return {out, lse};
@@ -332,7 +342,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_bwd(Tensor dout, O
     args.dq = grid_view(dq, rank), args.dk = grid_view(dk, rank), args.dv = grid_view(dv, rank);
     if (bias) args.dbias = bias_view(dbias, rank);
     if (extra_k) args.dextra_k = extra_view(dextra_k), args.dextra_v = extra_view(dextra_v);
-    const natten::Executor executor = torch_executor();
+    const natten::Executor executor = torch_executor(p);
     const Workspace workspace(workspace_bytes(p, natten::Pass::backward, plan, executor.num_threads));
     backward(p, args, plan, executor, workspace.data());
     return {dq, dk, dv, dbias, dextra_k, dextra_v};

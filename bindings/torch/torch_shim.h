@@ -8,8 +8,6 @@ extern "C" {
 using StableIValue = uint64_t;
 struct AtenTensorOpaque;
 using AtenTensorHandle = AtenTensorOpaque*;
-struct DeviceGuardOpaque;
-using DeviceGuardHandle = DeviceGuardOpaque*;
 struct TorchLibraryOpaque;
 using TorchLibraryHandle = TorchLibraryOpaque*;
 struct StableListOpaque;
@@ -52,6 +50,4 @@ int32_t torch_delete_string(StringHandle);
 
 int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain, void (*fn)(int64_t, int64_t, void*), void* ctx);
 int32_t torch_get_num_threads(uint32_t* ret);
-int32_t aoti_torch_create_device_guard(int32_t device_index, DeviceGuardHandle* ret);
-int32_t aoti_torch_delete_device_guard(DeviceGuardHandle);
 }

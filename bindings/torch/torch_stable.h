@@ -64,7 +64,6 @@ class Tensor {  // shared ownership of one handle
   }
 
  public:
-  Tensor() = default;
   explicit Tensor(AtenTensorHandle h) : handle_(h, [](AtenTensorHandle p) { aoti_torch_delete_tensor_object(p); }) {}
   AtenTensorHandle get() const { return handle_.get(); }
   void* data_ptr() const { return get<void*>(aoti_torch_get_data_ptr); }
@@ -122,17 +121,6 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   auto body = [](int64_t b, int64_t e, void* ctx) { (*static_cast<const F*>(ctx))(b, e); };
   TORCH_SUBSET_CALL(torch_parallel_for(begin, end, grain, body, const_cast<void*>(static_cast<const void*>(&f))));
 }
-
-namespace accelerator {
-class DeviceGuard {
-  DeviceGuardHandle guard_ = nullptr;
-
- public:
-  explicit DeviceGuard(int32_t index) { TORCH_SUBSET_CALL(aoti_torch_create_device_guard(index, &guard_)); }
-  ~DeviceGuard() { aoti_torch_delete_device_guard(guard_); }
-  DeviceGuard(const DeviceGuard&) = delete;
-};
-}  // namespace accelerator
 
 // --- boxing: how a C++ function becomes `void(StableIValue* stack, inputs, outputs)` ---------------------------
 namespace detail {
@@ -225,7 +213,7 @@ struct Library {
     TORCH_SUBSET_CALL(torch_library_impl(lib, name, f, kTorch_2_10));
   }
 };
-struct Registrar {  // runs inside dlopen: an error here ends the process (see __init__.py)
+struct Registrar {  // runs inside dlopen: an error here ends the process (see _library.py)
   Library lib;
   Registrar(const char* ns, const char* key, const char* file, uint32_t line, void (*body)(Library&)) {
     TORCH_SUBSET_CALL(key ? aoti_torch_library_init_impl(ns, key, file, line, &lib.lib)

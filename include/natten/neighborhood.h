@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The operator. Everything in this project that asks "which keys does a query see?" calls this file: the oracle,
-// the CPU and CUDA engines, the pair counter and, through the torch binding, Python. The formula stands nowhere else.
+// the engines, the pair counter and, through the torch binding, Python. The formula stands nowhere else.
 //
 // Along one axis a query sees the `window` keys nearest to it. Dilation d first splits the axis into d groups of tokens
 // that are d apart; tokens of different groups never meet. Inside a group the axis is dense again (`group_axis`):

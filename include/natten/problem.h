@@ -17,9 +17,9 @@ namespace natten {
 enum class DType : uint8_t { f32, f64, bf16, f16 };
 
 /// Bytes of one element.
-constexpr int size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+NATTEN_HD constexpr int size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 /// The type of `lse`, and of sums: double for double, float for everything else.
-constexpr DType accumulator_of(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
+NATTEN_HD constexpr DType accumulator_of(DType t) { return t == DType::f64 ? DType::f64 : DType::f32; }
 
 struct Problem {
   DType dtype = DType::f32;
@@ -34,10 +34,10 @@ struct Problem {
   double scale = 1.0;     ///< zero means zero
   bool oversize = true;   ///< cut windows that are larger than their group; false: an error
 
-  Int3 grid() const { return {axes[0].extent, axes[1].extent, axes[2].extent}; }
-  int64_t tokens() const { return grid().volume(); }
-  bool has_window() const { return axes[0].window > 0 && axes[1].window > 0 && axes[2].window > 0; }
-  int heads_per_kv() const { return heads / heads_kv; }
+  NATTEN_HD Int3 grid() const { return {axes[0].extent, axes[1].extent, axes[2].extent}; }
+  NATTEN_HD int64_t tokens() const { return grid().volume(); }
+  NATTEN_HD bool has_window() const { return axes[0].window > 0 && axes[1].window > 0 && axes[2].window > 0; }
+  NATTEN_HD int heads_per_kv() const { return heads / heads_kv; }
 };
 
 /// Throws Error(invalid_argument) with one sentence if no engine could give a meaning to `p`.

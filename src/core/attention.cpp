@@ -50,6 +50,7 @@ void forward(const Problem& problem, const ForwardArgs& args, const Plan& plan, 
 
 void backward(const Problem& problem, const BackwardArgs& args, const Plan& plan, const Executor& executor,
               void* workspace) {
+  // NOTE: also without queries: gradients of the bias and of additional keys are then zero, and must be written.
   backend_of(plan).backward(problem, args, plan, executor, workspace);
 }
 

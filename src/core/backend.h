@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What a folder under src/ offers to the core. `core/attention.cpp` holds the one list of backends.
+// What a folder under src/ offers to the core. The one list of backends stands below.
 #pragma once
 #include <cstddef>
 

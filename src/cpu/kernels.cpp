@@ -3,11 +3,12 @@
 #include "cpu/kernels.h"
 
 #include "cpu/loops.h"
-#include "cpu/sliding_passes.h"
+#include "cpu/sliding.h"
 
 namespace natten::cpu::NATTEN_ISA {
 namespace {
 
+// For one thread; more threads may cut a grid of one row into narrower strips, which changes no result.
 Int3 sliding_q_tile(const Problem& p, Pass pass) {
   const int strip =
       dispatch(p.dtype, [&](auto element) { return Layout<RealOf<decltype(element)>>(p, pass, 1).schedule.strip; });

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The entry points that each instruction set offers to backend.cpp: one table, one instance per instruction set.
 #pragma once
-#include <cstdint>
-
-#include "cpu/schedule.h"
 #include "natten/attention.h"
 
 namespace natten::cpu {

@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-#include "cpu/sliding_passes.h"
+#include "cpu/pass.h"
 
 namespace natten::cpu::NATTEN_ISA {
 namespace {
@@ -89,8 +89,8 @@ struct Scratch {
   Real* bias;
 
   Scratch(const Problem& p, Arena& arena) {
-    dim = Layout<Real>::round_up(p.head_dim);
-    dim_v = Layout<Real>::round_up(p.head_dim_v);
+    dim = whole_vectors<Real>(p.head_dim);
+    dim_v = whole_vectors<Real>(p.head_dim_v);
     const int64_t most = most_slots(p) > p.axes[2].extent ? most_slots(p) : p.axes[2].extent;
     capacity = (most + kLanes<Real>) / kLanes<Real> * kLanes<Real>;
     weights = arena.take<Real>(capacity);
@@ -149,7 +149,7 @@ int64_t Head<T, Real>::logits(Int3 token) const {
 template <class T, class Real>
 void Head<T, Real>::weigh_keys(const Real* weights, Int3 token, const TensorView& from, const TensorView& extra_from,
                                int dim, Real* to) const {
-  clear(to, Layout<Real>::round_up(dim));
+  clear(to, whole_vectors<Real>(dim));
   for_each_key_run(p, token, [&](const Run& run) {
     add_weighted(weights, run.count, row(from, run.token, head_kv()), from.strides[3] * p.axes[2].dilation, dim, to);
     weights += run.count;
@@ -178,12 +178,6 @@ void Head<T, Real>::query_forward(Int3 token) const {
   for_each_vector<Real>(p.head_dim_v,
                         [&](int d, int lanes) { store_up_to<Real>(out + d, load<V>(s.sum_v + d) * inverse, lanes); });
   sum_at(args.lse, token) = Real(m * Real(kLn2) + std::log(sum));
-}
-
-// lse in base 2, such that a query without keys gets weights 0.
-template <class Real>
-Real base2(Real lse) {
-  return lse == Real(-INFINITY) ? Real(INFINITY) : lse * Real(kLog2E);
 }
 
 // Writes dq of `token`, adds to dbias, returns delta = <dout, out> - dlse.
@@ -351,7 +345,7 @@ size_t loops_workspace(const Problem& p, Pass pass, int num_threads) {
     Arena arena(nullptr), shared(nullptr);
     Scratch<T, RealOf<T>>(p, arena);
     if (pass == Pass::backward) Shared<RealOf<T>>(p, shared);
-    if (pass == Pass::forward && p.batch * p.tokens() == 0) return size_t{0};
+    if (pass == Pass::forward && p.batch * p.tokens() == 0) return size_t{0};  // nothing runs
     return size_t(arena.used() * num_threads + shared.used());
   });
 }

@@ -2,12 +2,13 @@
 // The three inner loops of the sliding engine, all FMA. Lanes are queries (or keys) that are neighbours along x, so a
 // window is a run of unaligned loads and nothing is ever masked:
 //
-//   K^T row, one channel    c0 c1 c2 c3 c4 c5 c6 ...      S[slot j][lane] = sum over channels of Q^T[lane] * K^T[lane
-// + j]
+//   S[slot j][lane] = sum over channels of Q^T[lane] * K^T[lane + j]
+//
+//   K^T row, one channel    c0 c1 c2 c3 c4 c5 c6 ...
 //   slot 0, lanes 0..3      ^--------^
 //   slot 1, lanes 0..3         ^--------^
 //
-// Up to kRows query rows share each loaded key. See docs/design/cpu-sliding.md for the register budgets.
+// Up to kRows query rows share each loaded key. Register budgets: docs/design/2026-11-24-cpu-sliding.md.
 #pragma once
 #include "cpu/vec.h"
 

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: MIT
+// Cuts follow from the problem and, in the forward pass, the number of threads: see schedule.h. Pieces of a row are
+// multiples of 8 columns, pieces of a plane multiples of the rows that share a pass over the keys.
 #include "cpu/schedule.h"
 
 #include <algorithm>
@@ -47,7 +49,6 @@ Schedule make_schedule(const Problem& p, Pass pass, int rows, int64_t row_bytes_
   const Axis z = group_axis(p.axes[0], 0), y = group_axis(p.axes[1], 0), x = group_axis(p.axes[2], 0);
   Schedule s;
   s.groups = {num_groups(p.axes[0]), num_groups(p.axes[1]), num_groups(p.axes[2])};
-  s.extent = {z.extent, y.extent, x.extent};
   s.window = {z.window, y.window, x.window};
   const int64_t planes = p.batch * (pass == Pass::backward ? p.heads_kv : p.heads) * s.groups.volume();
   const int64_t wanted = std::max<int64_t>(wanted_items(planes, pass, num_threads) / std::max<int64_t>(planes, 1), 1);

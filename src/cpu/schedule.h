@@ -11,7 +11,6 @@ namespace natten::cpu {
 
 struct Schedule {
   Int3 groups;                    ///< dilation groups per axis
-  Int3 extent;                    ///< of the largest group
   Int3 window;                    ///< of the largest group
   int strip = 0, num_strips = 0;  ///< columns of an item; strips of a row
   int band = 0, num_bands = 0;    ///< query rows of an item; bands of a plane
@@ -20,12 +19,12 @@ struct Schedule {
   int columns() const { return strip + window.x - 1; }  ///< key columns of an item
   int pitch(int lanes) const;                           ///< of a transposed key row
   int ring_slots() const { return ring_planes * ring_rows; }
-  int64_t group_rows() const { return int64_t{window.z} * ring_rows; }  ///< key rows that one group of rows can meet
+  int64_t max_key_rows() const { return int64_t{window.z} * ring_rows; }  ///< key rows that one group of rows can meet
   int64_t items_per_head() const { return groups.volume() * num_bands * num_strips; }
 };
 
-/// `rows` query rows share a pass over the keys; `row_bytes_per_column` is what a key column costs in the ring.
-/// The forward pass cuts until every thread is busy, since its results do not depend on the cut. The backward pass must
+/// `rows` query rows share a pass over the keys; `row_bytes_per_column` is what K and V of a key column take,
+/// packed. The forward pass cuts until every thread is busy, since its results do not depend on the cut. The backward pass must
 /// cut alike for every number of threads: it ignores `num_threads`.
 Schedule make_schedule(const Problem& p, Pass pass, int rows, int64_t row_bytes_per_column, int num_threads);
 

@@ -11,28 +11,43 @@
 // the row look alike. A causal window is never shifted: its overhanging columns are zero, and their scores become
 // -infinity.
 #pragma once
-#include <cmath>
-
 #include "cpu/micro.h"
+#include "cpu/pass.h"
 #include "cpu/schedule.h"
 
 namespace natten::cpu::NATTEN_ISA {
 
-/// Hands out aligned pieces of a workspace; with a null base it only counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    char* piece = base_ + used_;
-    used_ += (count * sizeof(T) + 63) / 64 * 64;
-    return reinterpret_cast<T*>(piece);
-  }
-  int64_t used() const { return used_; }
+size_t sliding_forward_workspace(const Problem& p, int num_threads);
+size_t sliding_backward_workspace(const Problem& p, int num_threads);
+void sliding_forward(const Problem& p, const ForwardArgs& args, const Executor& executor, void* workspace);
+void sliding_backward(const Problem& p, const BackwardArgs& args, const Executor& executor, void* workspace);
 
- private:
-  char* base_;
-  int64_t used_ = 0;
+/// Sizes of packed pieces, in elements of Real.
+template <class Real>
+struct Layout {
+  // NOTE: a few vectors between arrays that are stored to and loaded from at the same time keep them from sharing the
+  // low 12 bits of their addresses: loads would wait for unrelated stores, which costs up to 20 %.
+  static constexpr int kSpacing = 5;
+
+  Schedule schedule;
+  int dim, dim_v;  ///< head dims, rounded up to whole vectors
+  int64_t pitch;   ///< of a transposed key row
+  int64_t score_stride;
+  int64_t bias_size;  ///< entries of one head's bias
+
+  Layout(const Problem& p, Pass pass, int num_threads) {
+    dim = whole_vectors<Real>(p.head_dim);
+    dim_v = whole_vectors<Real>(p.head_dim_v);
+    schedule = make_schedule(p, pass, kRows, int64_t{dim + dim_v} * int(sizeof(Real)), num_threads);
+    pitch = schedule.pitch(kLanes<Real>);
+    score_stride = (schedule.window.volume() + kSpacing) * kLanes<Real>;
+    bias_size = bias_entries(p);
+  }
+  /// Each key belongs to one item of the backward pass.
+  bool owns_keys() const { return schedule.num_bands == 1 && schedule.num_strips == 1; }
+  int widest() const { return dim > dim_v ? dim : dim_v; }
+  int64_t transposed_size(int channels) const { return channels * pitch; }
+  int64_t natural_size(int channels) const { return (schedule.columns() + 1) * int64_t{channels} + kLanes<Real>; }
 };
 
 /// The tokens of one sample, head and dilation residue, by their positions in the groups. Null where a tensor is
@@ -55,9 +70,10 @@ NATTEN_INLINE Tokens<T> tokens(const Problem& p, const TensorView& t, int64_t ba
 struct Columns {
   int begin, count, window, left, extent;
   bool causal;
-  int* sources;  ///< [count + 1 rounded up]: the position whose key stands in a column, or -1 if none does
+  int* sources;  ///< [capacity(count)]: the position whose key stands in a column, or -1 if none does
 
-  static int capacity(int count) { return count + 1 + 64; }
+  /// One column for the right query of the last pair, and the rest of the last block that is packed.
+  static int capacity(int count) { return count + 1 + kVectorBytes; }
   static NATTEN_INLINE Columns of(const Axis& x, Span strip, int* sources) {
     const int left = reach_before(x);
     const Columns c{strip.begin - left, strip.size() + x.window - 1, x.window, left, x.extent, x.causal, sources};
@@ -118,11 +134,6 @@ void pack_transposed(const Tokens<const T>& from, int z, int y, const Columns& c
   }
 }
 
-template <class Real, class T>
-NATTEN_INLINE void pack_token(const T* from, int channels, Real* to) {
-  for_each_vector<Real>(channels, [&](int d, int lanes) { store(to + d, load_up_to<Real>(from + d, lanes)); });
-}
-
 /// A row of keys or values -> [column][channel], with one column more, for the right query of the last pair.
 template <class Real, class T>
 void pack_rows(const Tokens<const T>& from, int z, int y, const Columns& columns, int channels, const T* zeros,
@@ -149,7 +160,7 @@ NATTEN_INLINE void pack_queries(const Tokens<const T>& from, int z, int y, int x
 
 /// A key row as a group of query rows sees it.
 struct KeyRow {
-  int slot;               ///< in the ring
+  int ring_slot;
   int first, last;        ///< query rows [first, last) of the group see it
   int window_row[kRows];  ///< its number among the key rows of each of them
   int z, y;               ///< position
@@ -254,8 +265,8 @@ NATTEN_INLINE void for_each_part(const RowGroup& group, int x, int count, F&& f)
 
 /// Columns [begin, end) of kRows rows from `y` on, as far as the axis goes.
 template <int kWrite, class T>
-NATTEN_INLINE void prefetch_rows(const Tokens<T>& t, int z, int y, int rows, int begin, int end, int channels) {
-  for (int r = 0; r < kRows && y + r < rows; ++r) {
+NATTEN_INLINE void prefetch_rows(const Tokens<T>& t, int z, int y, int y_end, int begin, int end, int channels) {
+  for (int r = 0; r < kRows && y + r < y_end; ++r) {
     const T* token = t.at(z, y + r, begin);
     for (int x = begin; x < end; ++x, token += t.step_x) prefetch_token<kWrite>(token, channels);
   }
@@ -303,10 +314,10 @@ NATTEN_INLINE void for_each_segment(const RowGroup& group, const KeyRow& row, in
 }
 
 /// `keys(row)` is the transposed key row at the column of lane 0 and slot 0; `queries` [row][channel][lane]; `maxima`
-/// as in scores_block, for the rows of the group. Asks
-/// `prefetch(i, n)`, for i = 0 .. n - 1, to fetch what is needed later: here the loads of the kernel all hit.
+/// as in scores_block, for the rows of the group. Asks `prefetch(i, n)`, for i = 0 .. n - 1, to fetch what is needed
+/// later: here the loads of the kernel all hit.
 template <class V, class Real, class Keys, class Prefetch>
-NATTEN_INLINE void compute_scores_wide(const RowGroup& group, const Scores<Real>& scores, const Real* queries,
+NATTEN_INLINE void compute_scores_with(const RowGroup& group, const Scores<Real>& scores, const Real* queries,
                                        int channels, int64_t query_stride, int64_t pitch, Real* maxima, Keys&& keys,
                                        Prefetch&& prefetch) {
   for (int i = 0; i < group.num_key_rows; ++i) {
@@ -336,9 +347,9 @@ NATTEN_INLINE void compute_scores(const RowGroup& group, const Scores<Real>& sco
                                   Prefetch&& prefetch) {
   if constexpr (kVectorBytes == 64)
     if (count * 2 <= kLanes<Real>)
-      return compute_scores_wide<HalfVec<Real>>(group, scores, queries, channels, query_stride, pitch, maxima, keys,
+      return compute_scores_with<HalfVec<Real>>(group, scores, queries, channels, query_stride, pitch, maxima, keys,
                                                 prefetch);
-  compute_scores_wide<Vec<Real>>(group, scores, queries, channels, query_stride, pitch, maxima, keys, prefetch);
+  compute_scores_with<Vec<Real>>(group, scores, queries, channels, query_stride, pitch, maxima, keys, prefetch);
 }
 
 /// The relative position bias of one head, times log2(e), and the border: what changes scores before the softmax.

@@ -2,9 +2,9 @@
 // The sliding backward pass: one walk over the query rows, five products. Per group of kRows query rows and block of
 // kLanes queries: S and dP by the score kernel from the rings of K^T and V^T; P and dS from them; dQ by the kernel
 // that the forward pass uses for P V; dK and dV added to fp32 (fp64) rows that travel in the ring beside their keys
-// and are added to the result when they leave it. Nothing is recomputed and nothing is atomic: items that could add
+// and are added to the result when they leave it. Nothing is computed twice and nothing is atomic: items that could add
 // to the same key differ in the parity of their band or strip, and the four colours run one after the other.
-#include "cpu/sliding_passes.h"
+#include "cpu/sliding.h"
 
 namespace natten::cpu::NATTEN_ISA {
 namespace {
@@ -42,23 +42,23 @@ struct BackwardScratch {
   Real *queries, *douts;         // [kRows][channel][lane]
   Real *query_rows, *dout_rows;  // [kRows][lane][channel]
   Real *p, *ds;                  // [kRows][key row][slot][lane]
-  Real *keys, *values;           // [slot of the ring][channel][column]
-  Real* key_rows_natural;        // [slot of the ring][column][channel]
+  Real *keys, *values;           // [ring slot][channel][column]
+  Real* key_rows_natural;        // [ring slot][column][channel]
   Real *dk, *dv;                 // likewise
 
   BackwardScratch(const Layout<Real>& l, Arena& arena) {
     const int64_t slots = l.schedule.ring_slots();
-    zeros = arena.take<T>(l.dim > l.dim_v ? l.dim : l.dim_v);
+    zeros = arena.take<T>(l.widest());
     bias = arena.take<Real>(l.bias_size);
     dbias = arena.take<Real>(l.bias_size * kLanes<Real>);
     owners = arena.take<int64_t>(slots);
     sources = arena.take<int>(Columns::capacity(l.schedule.columns()));
-    key_rows = arena.take<KeyRow>(l.schedule.group_rows());
+    key_rows = arena.take<KeyRow>(l.schedule.max_key_rows());
     queries = arena.take<Real>(kRows * l.dim * kLanes<Real>);
     douts = arena.take<Real>(kRows * l.dim_v * kLanes<Real>);
     query_rows = arena.take<Real>(kRows * l.dim * kLanes<Real>);
     dout_rows = arena.take<Real>(kRows * l.dim_v * kLanes<Real>);
-    p = arena.take<Real>(kRows * l.score_stride + 11 * kLanes<Real>);
+    p = arena.take<Real>(kRows * l.score_stride + 2 * l.kSpacing * kLanes<Real>);
     ds = arena.take<Real>(kRows * l.score_stride);
     keys = arena.take<Real>(slots * l.transposed_size(l.dim));
     values = arena.take<Real>(slots * l.transposed_size(l.dim_v));
@@ -81,7 +81,7 @@ struct BackwardItem {
   Tokens<T> dq;
   Tokens<Real> dk, dv;
   ScoreRules<Real> rules;
-  bool owns_keys;  // nothing else adds to its keys, and nothing has yet: no need to clear them
+  bool overwrites_keys;  // nothing else adds to its keys, and nothing has yet: no need to clear them
 
   void run();
 
@@ -154,9 +154,10 @@ void BackwardItem<T, Real>::add_to(const Tokens<Real>& sum, const Real* row, int
   };
   const int first = columns.begin < 0 ? -columns.begin : 0;  // columns [first, last) are where they belong
   const int last = columns.count < columns.extent - columns.begin ? columns.count : columns.extent - columns.begin;
-  for (int i = first; i < last; ++i) add(i, owns_keys);
-  for (int i = 0; i < columns.count; i = i + 1 == first ? last : i + 1)
-    if ((i < first || i >= last) && columns.sources[i] >= 0) add(i, false);
+  for (int i = first; i < last; ++i) add(i, overwrites_keys);
+  for (int i = 0; i < first; ++i)
+    if (columns.sources[i] >= 0) add(i, false);
+  for (int i = last; i < columns.count; ++i) add(i, false);
 }
 
 template <class T, class Real>
@@ -199,10 +200,11 @@ void BackwardItem<T, Real>::block(const RowGroup& group, int x, int count) {
   };
   compute_scores<Real>(
       group, p_scores, scratch.queries, p.head_dim, size, l.pitch, count, nullptr,
-      [&](const KeyRow& row) { return scratch.keys + row.slot * l.transposed_size(l.dim) + column; }, prefetch_inputs);
+      [&](const KeyRow& row) { return scratch.keys + row.ring_slot * l.transposed_size(l.dim) + column; },
+      prefetch_inputs);
   compute_scores<Real>(
       group, ds_scores, scratch.douts, p.head_dim_v, size_v, l.pitch, count, nullptr,
-      [&](const KeyRow& row) { return scratch.values + row.slot * l.transposed_size(l.dim_v) + column; },
+      [&](const KeyRow& row) { return scratch.values + row.ring_slot * l.transposed_size(l.dim_v) + column; },
       prefetch_others);
   for_each_part<Real>(group, x, count, [&](const RowGroup& part, int r, int part_x, int part_count) {
     finish(part, p_scores.from_row(r), ds_scores.from_row(r), scratch.query_rows + r * size,
@@ -231,8 +233,7 @@ void BackwardItem<T, Real>::softmax(const RowGroup& group, const Scores<Real>& p
   for (int r = 0; r < group.count; ++r) {
     alignas(64) Real base2_lse[kLanes<Real>] = {}, delta[kLanes<Real>] = {};
     for (int lane = 0; lane < count; ++lane) {
-      const Real natural = *lse.at(group.z, group.y + r, x + lane);
-      base2_lse[lane] = natural == Real(-INFINITY) ? Real(INFINITY) : natural * Real(kLog2E);
+      base2_lse[lane] = base2(*lse.at(group.z, group.y + r, x + lane));
       const Real* dout_row = dout_rows + (r * kLanes<Real> + lane) * int64_t{l.dim_v};
       delta[lane] = dot(dout_row, out.at(group.z, group.y + r, x + lane), p.head_dim_v);
       if (dlse) delta[lane] -= *dlse.at(group.z, group.y + r, x + lane);
@@ -293,7 +294,7 @@ void BackwardItem<T, Real>::query_gradient(const RowGroup& group, const Scores<R
     const Real* weights[kRows];
     for (int r = 0; r < kRows; ++r) weights[r] = ds_scores.at(r, row.window_row[r]) + lane;
     const Real* from =
-        scratch.key_rows_natural + row.slot * l.natural_size(l.dim) + (x - item.x.begin + lane) * l.dim + channel;
+        scratch.key_rows_natural + row.ring_slot * l.natural_size(l.dim) + (x - item.x.begin + lane) * l.dim + channel;
     add_key_row<Real, kVectors>(acc, row.first, row.last, weights, from, l.dim, x_axis.window);
   }
   store_pairs<Real, kVectors>(acc, dq, group, x, lane, count, channel, p.head_dim,
@@ -306,7 +307,7 @@ void BackwardItem<T, Real>::key_gradient(const RowGroup& group, const Scores<Rea
   const int last = count + x_axis.window - 1;
   for (int i = 0; i < group.num_key_rows; ++i) {
     const KeyRow& row = group.key_rows[i];
-    Real* sum = sums + row.slot * l.natural_size(width) + (x - item.x.begin) * width;
+    Real* sum = sums + row.ring_slot * l.natural_size(width) + (x - item.x.begin) * width;
     for (int column = 0; column < last; column += 2) {
       const SeeingLanes lanes = SeeingLanes::of(column, x_axis.window, count);
       for_each_vector_block(int(width) / kLanes<Real>, [&](int vector, auto vectors) {
@@ -343,7 +344,7 @@ void backward_item(const Problem& p, const BackwardArgs& args, const Layout<Real
                    BackwardScratch<T, Real>& scratch, const Item& item, int64_t index) {
   const Axis z = group_axis(p.axes[0], item.residue.z), y = group_axis(p.axes[1], item.residue.y),
              x = group_axis(p.axes[2], item.residue.x);
-  clear(scratch.zeros, l.dim > l.dim_v ? l.dim : l.dim_v);
+  clear(scratch.zeros, l.widest());
   const int64_t items = l.schedule.items_per_head();
   for (int i = 0; i < p.heads_per_kv(); ++i) {
     const int head = item.head * p.heads_per_kv() + i;

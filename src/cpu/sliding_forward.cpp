@@ -2,7 +2,7 @@
 // The sliding forward pass. A work item walks its query rows in groups of kRows; the key rows that a group sees lie
 // packed in a ring, K transposed and V as it is. Per group and block of kLanes queries: scores, softmax over all
 // slots of a lane (two passes over scores that sit in L1 or L2), then P times V for two neighbouring queries at a time.
-#include "cpu/sliding_passes.h"
+#include "cpu/sliding.h"
 
 namespace natten::cpu::NATTEN_ISA {
 namespace {
@@ -17,15 +17,15 @@ struct ForwardScratch {
   KeyRow* key_rows;
   Real* queries;  // [kRows][channel][lane]
   Real* scores;   // [kRows][key row][slot][lane]
-  Real* keys;     // [slot of the ring][channel][column]
-  Real* values;   // [slot of the ring][column][channel]
+  Real* keys;     // [ring slot][channel][column]
+  Real* values;   // [ring slot][column][channel]
 
   ForwardScratch(const Layout<Real>& l, Arena& arena) {
-    zeros = arena.take<T>(l.dim > l.dim_v ? l.dim : l.dim_v);
+    zeros = arena.take<T>(l.widest());
     bias = arena.take<Real>(l.bias_size);
     owners = arena.take<int64_t>(l.schedule.ring_slots());
     sources = arena.take<int>(Columns::capacity(l.schedule.columns()));
-    key_rows = arena.take<KeyRow>(l.schedule.group_rows());
+    key_rows = arena.take<KeyRow>(l.schedule.max_key_rows());
     queries = arena.take<Real>(kRows * l.dim * kLanes<Real>);
     scores = arena.take<Real>(kRows * l.score_stride);
     keys = arena.take<Real>(l.schedule.ring_slots() * l.transposed_size(l.dim));
@@ -83,7 +83,8 @@ void ForwardItem<T, Real>::block(const RowGroup& group, int x, int count) {
     pack_queries(q, group.z, group.y_of(r), group.x_of(r, x), count - r * group.lane_step, p.head_dim,
                  Real(p.scale * kLog2E), scratch.queries + r * query_stride);
   const Scores<Real> scores{scratch.scores, l.score_stride, x_axis.window};
-  auto keys = [&](const KeyRow& row) { return scratch.keys + row.slot * l.transposed_size(l.dim) + x - item.x.begin; };
+  const int column = x - item.x.begin;
+  auto keys = [&](const KeyRow& row) { return scratch.keys + row.ring_slot * l.transposed_size(l.dim) + column; };
   // While this group computes, the rows that the next one will pack, and those that this one will write, come closer.
   const KeyRow& last = group.key_rows[group.num_key_rows - 1];
   auto prefetch = [&](int i, int n) {
@@ -152,7 +153,7 @@ void ForwardItem<T, Real>::values(const RowGroup& group, const Scores<Real>& sco
     const Real* weights[kRows];
     for (int r = 0; r < kRows; ++r) weights[r] = scores.at(r, row.window_row[r]) + lane;
     const Real* from =
-        scratch.values + row.slot * l.natural_size(l.dim_v) + (x - item.x.begin + lane) * l.dim_v + channel;
+        scratch.values + row.ring_slot * l.natural_size(l.dim_v) + (x - item.x.begin + lane) * l.dim_v + channel;
     add_key_row<Real, kVectors>(acc, row.first, row.last, weights, from, l.dim_v, x_axis.window);
   }
   store_pairs<Real, kVectors>(acc, out, group, x, lane, count, channel, p.head_dim_v,
@@ -169,7 +170,7 @@ void forward_item(const Problem& p, const ForwardArgs& args, const Layout<Real>&
   const int head_kv = item.head / p.heads_per_kv();
   const Real* bias = p.has_bias ? scratch.bias : nullptr;
   if (bias) pack_bias<T>(p, args.bias, item.head, Real(kLog2E), scratch.bias);
-  clear(scratch.zeros, l.dim > l.dim_v ? l.dim : l.dim_v);
+  clear(scratch.zeros, l.widest());
   ForwardItem<T, Real>{p,
                        l,
                        scratch,

@@ -39,7 +39,7 @@ template <class Real>
 inline constexpr int kLanes = kVectorBytes / int(sizeof(Real));
 template <class Real>
 using Vec = typename VectorType<Real, kLanes<Real>>::type;
-/// Half as wide, for the last few columns of a row.
+/// Half as wide, for the last few queries of a row.
 template <class Real>
 using HalfVec = typename VectorType<Real, kLanes<Real> / 2>::type;
 

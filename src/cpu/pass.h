@@ -1,14 +1,12 @@
 // SPDX-License-Identifier: MIT
-// The frame of both sliding passes: sizes of the packed pieces, the bias of a head, threads.
+// What every CPU kernel shares: the memory of a call, elements as Real, the bias of a head, threads.
 #pragma once
-#include "cpu/sliding.h"
+#include <cmath>
+
+#include "cpu/vec.h"
+#include "natten/attention.h"
 
 namespace natten::cpu::NATTEN_ISA {
-
-size_t sliding_forward_workspace(const Problem& p, int num_threads);
-size_t sliding_backward_workspace(const Problem& p, int num_threads);
-void sliding_forward(const Problem& p, const ForwardArgs& args, const Executor& executor, void* workspace);
-void sliding_backward(const Problem& p, const BackwardArgs& args, const Executor& executor, void* workspace);
 
 /// What an element type computes in.
 template <class T>
@@ -21,31 +19,40 @@ NATTEN_INLINE int64_t bias_entries(const Problem& p) {
   return entries;
 }
 
-/// Sizes of packed pieces, in elements of Real.
+/// Elements of a row of `channels`, rounded up to whole vectors.
 template <class Real>
-struct Layout {
-  Schedule schedule;
-  int dim, dim_v;  ///< head dims, rounded up to whole vectors
-  int64_t pitch;   ///< of a transposed key row
-  int64_t score_stride;
-  int64_t bias_size;  ///< entries of one head's bias
+NATTEN_INLINE int whole_vectors(int channels) {
+  return (channels + kLanes<Real> - 1) / kLanes<Real> * kLanes<Real>;
+}
 
-  Layout(const Problem& p, Pass pass, int num_threads) {
-    dim = round_up(p.head_dim);
-    dim_v = round_up(p.head_dim_v);
-    schedule = make_schedule(p, pass, kRows, int64_t{dim + dim_v} * int(sizeof(Real)), num_threads);
-    pitch = schedule.pitch(kLanes<Real>);
-    // NOTE: the few vectors more keep the rows of a group, and scores and keys, from sharing the low 12 bits of their
-    // addresses: loads would wait for unrelated stores, which costs up to 20 %.
-    score_stride = (schedule.window.volume() + 5) * kLanes<Real>;
-    bias_size = bias_entries(p);
+/// lse in base 2, such that a query without keys gets weights 0.
+template <class Real>
+NATTEN_INLINE Real base2(Real lse) {
+  return lse == Real(-INFINITY) ? Real(INFINITY) : lse * Real(kLog2E);
+}
+
+/// Hands out aligned pieces of a workspace; with a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    char* piece = base_ + used_;
+    used_ += (count * sizeof(T) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(piece);
   }
-  /// Each key belongs to one item of the backward pass.
-  bool owns_keys() const { return schedule.num_bands == 1 && schedule.num_strips == 1; }
-  static int round_up(int n) { return (n + kLanes<Real> - 1) / kLanes<Real> * kLanes<Real>; }
-  int64_t transposed_size(int channels) const { return channels * pitch; }
-  int64_t natural_size(int channels) const { return (schedule.columns() + 1) * int64_t{channels} + kLanes<Real>; }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
 };
+
+/// The elements of one token as Real, padded with zeros to whole vectors.
+template <class Real, class T>
+NATTEN_INLINE void pack_token(const T* from, int channels, Real* to) {
+  for_each_vector<Real>(channels, [&](int d, int lanes) { store(to + d, load_up_to<Real>(from + d, lanes)); });
+}
 
 template <class T>
 NATTEN_INLINE void clear(T* p, int64_t count) {
