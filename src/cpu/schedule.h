@@ -23,8 +23,8 @@ struct Schedule {
   int64_t items_per_head() const { return groups.volume() * num_bands * num_strips; }
 };
 
-/// `rows` query rows share a pass over the keys; `row_bytes_per_column` is what K and V of a key column take,
-/// packed. The forward pass cuts until every thread is busy, since its results do not depend on the cut. The backward pass must
+/// `rows` query rows share a pass over the keys; `row_bytes_per_column` is what K and V of a key column take, packed.
+/// The forward pass cuts until every thread is busy, since its results do not depend on the cut. The backward pass must
 /// cut alike for every number of threads: it ignores `num_threads`.
 Schedule make_schedule(const Problem& p, Pass pass, int rows, int64_t row_bytes_per_column, int num_threads);
 
