@@ -102,7 +102,7 @@ asan: | $(DONE)/system-test $(DONE)/venv
 	cmake --preset asan > build/asan/configure.log || { cat build/asan/configure.log; exit 1; }
 	cmake --build --preset asan
 	NATTEN_FUZZ_SECONDS=$(FUZZ_SECONDS) GTEST_FILTER='-*Determinism*:*Containment.Backward*' \
-	  ctest --preset asan --no-tests=error -j $(JOBS) $(CTEST_ARGS)
+	  ctest --preset asan -R 'natten_(tests|fuzz)' --no-tests=error -j $(JOBS) $(CTEST_ARGS)
 
 bench: build/dev/.tests $(DONE)/natten $(DONE)/dependencies-test
 	$(call say,CPU benchmark)
