@@ -21,7 +21,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 say = @printf '\n==> %s\n' "$(1)"
 
 .PHONY: help demo test test-slow test-cpp test-python asan bench mutate abi symbols
-.PHONY: format format-check lint budgets clean
+.PHONY: format format-check ruff lint budgets clean
 help:
 	@echo 'make demo       install what is missing, build, train a small network to segment photographs (demo.png)'
 	@echo 'make test       the same, then all tests except the slow ones'
@@ -126,8 +126,10 @@ format-check: $(DONE)/dev
 budgets: $(DONE)/venv
 	$(PY) tools/check_budgets.py
 
-lint: format-check budgets
+ruff: $(DONE)/dev
 	ruff check .
+
+lint: format-check ruff budgets
 
 clean:
 	rm -rf build $(if $(ALL),.venv)
