@@ -28,7 +28,7 @@ const char* keep(std::string text) {
 
 void fill_axes(natten::Problem& p, int rank, const int64_t* extent, const int64_t* window, const int64_t* stride,
                const int64_t* dilation, const int32_t* causal) {
-  for (int d = 0; d < rank && d < 3; ++d)
+  for (int d = 0; d < rank; ++d)
     p.axes[3 - rank + d] = {int(extent[d]), int(window[d]), int(stride[d]), int(dilation[d]), causal[d] != 0};
 }
 
@@ -54,6 +54,7 @@ NATTEN_EXPORT const char* natten_info() {
 NATTEN_EXPORT int64_t natten_num_pairs(int rank, const int64_t* extent, const int64_t* window, const int64_t* stride,
                                        const int64_t* dilation, const int32_t* causal) {
   natten::Problem p;
+  if (rank < 1 || rank > 3) return -1;
   fill_axes(p, rank, extent, window, stride, dilation, causal);
   return num_pairs(p);
 }
@@ -63,6 +64,7 @@ NATTEN_EXPORT const char* natten_list_plans(int pass, const char* dtype, int ran
                                             const int32_t* causal, int heads, int heads_kv, int head_dim,
                                             int head_dim_v, int extra_keys, int has_bias) {
   natten::Problem p;
+  if (rank < 1 || rank > 3) return keep(R"({"error": "the grid must have 1 to 3 axes"})");
   p.dtype = dtype_named(dtype);
   fill_axes(p, rank, extent, window, stride, dilation, causal);
   p.heads = heads, p.heads_kv = heads_kv, p.head_dim = head_dim, p.head_dim_v = head_dim_v;

@@ -86,6 +86,21 @@ def windows(kernel_size, extents, dilation: list, oversize: str = "clamp") -> li
     return window
 
 
+def whole_axes(kernel_size, rank: int) -> list:
+    """Per axis, whether the window was given as -1."""
+    return [size == -1 for size in _per_axis("kernel_size", kernel_size, rank, integer)]
+
+
+def refuse_oversize(extents, window, dilation, whole) -> None:
+    """What the core does for oversize="error", where some axes (-1) fit whatever their length."""
+    for axis, n, w, d, fits in zip(AXES[len(extents)], extents, window, dilation, whole, strict=True):
+        if not fits and w * d > n:
+            raise ValueError(
+                f"kernel_size {w} with dilation {d} needs {w * d} tokens on axis {axis}, but the grid has {n} there: "
+                "choose a smaller kernel_size or dilation, or drop oversize='error'"
+            )
+
+
 def scale_or_default(scale, head_dim):
     """The factor of the logits; zero means zero."""
     if scale is None:

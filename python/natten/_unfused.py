@@ -7,7 +7,8 @@ operator and differentiable to any order; its memory is O(queries * keys of a wi
 
 import torch
 
-from ._arguments import AXES, booleans, integers, scale_or_default, windows
+from ._arguments import booleans, integers, refuse_oversize, scale_or_default, whole_axes, windows
+from ._errors import translated
 from ._gather import gather, mix
 
 
@@ -36,13 +37,12 @@ def attention_with_dropout(
     rank = len(extents)
     stride, dilation = integers("stride", stride, rank), integers("dilation", dilation, rank)
     window, causal = windows(kernel_size, extents, dilation, oversize), booleans("is_causal", is_causal, rank)
-    for axis, n, w, d in zip(AXES[rank], extents, window, dilation, strict=True):
-        if oversize == "error" and w * d > n:
-            raise ValueError(
-                f"kernel_size {w} with dilation {d} needs {w * d} tokens on axis {axis}, but the grid has {n} there: "
-                "choose a smaller kernel_size or dilation, or drop oversize='error'"
-            )
+    if oversize == "error":
+        refuse_oversize(extents, window, dilation, whole_axes(kernel_size, rank))
     tensors = query, key, value, rpb, additional_keys, additional_values
-    x = gather(*tensors, window, stride, dilation, causal, scale_or_default(scale, query.shape[-1]))
+    try:
+        x = gather(*tensors, window, stride, dilation, causal, scale_or_default(scale, query.shape[-1]))
+    except (RuntimeError, ValueError) as error:
+        raise translated(error, query.device.type) from None
     out = mix(torch.nn.functional.dropout(x.p, dropout_p), x.v)
     return out.reshape(*query.shape[:-1], value.shape[-1]).to(query.dtype)

@@ -91,4 +91,4 @@ def attend_nothing(query, key, value):
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     nothing = query[..., :0].sum() + key.sum() + value.sum()  # sums of no elements: zeros that keep the graph
     out = query.new_zeros(*shape, value.shape[-1]) + nothing
-    return out, torch.full(shape, -torch.inf, dtype=lse_dtype, device=query.device)
+    return out, torch.full(shape, -torch.inf, dtype=lse_dtype, device=query.device) + nothing.to(lse_dtype)

@@ -65,10 +65,15 @@ def _neighborhood(
     if name in _LAYOUT_CHECKED and not torch.compiler.is_compiling():
         _check_layout(name, query, window)
     scale = args.scale_or_default(scale, query.shape[-1])
+    whole = args.whole_axes(kernel_size, rank)
     if mode == "pad":
-        query, key, value = _padded(extents, window, dilation, query, key, value)
+        fitted = [0 if fits else w for fits, w in zip(whole, window, strict=True)]
+        query, key, value = _padded(extents, fitted, dilation, query, key, value)
+    strict = mode == "error" and not any(whole)
+    if mode == "error" and not strict:
+        args.refuse_oversize(extents, window, dilation, whole)
     plan = _tuning.plan_of(backend, plan, query.device)
-    options = window, stride, dilation, causal, scale, mode != "error", plan
+    options = window, stride, dilation, causal, scale, not strict, plan
     out, lse = _run((query, key, value, rpb, extra_k, extra_v), options, backend)
     if mode == "pad":
         out, lse = _cropped(extents, out, lse)
@@ -297,6 +302,8 @@ def _dense(query, key, value, causal, scale, plan, backend):
     without keys on the grid, whose keys are all additional."""
     length, length_kv = query.shape[1], key.shape[1]
     if length_kv == 0:
+        if query.shape[2] % max(key.shape[2], 1) != 0:
+            raise ValueError(f"heads {query.shape[2]} must be a multiple of key/value heads {key.shape[2]}")
         return attend_nothing(query, key, value)
     if length == length_kv:
         tensors, window = (query, key, value, None, None, None), length

@@ -15,6 +15,7 @@ namespace {
 // Sums of a few extents and windows must fit in an int, and so must products of head_dim and a few.
 constexpr int kMaxExtent = 1 << 28;
 constexpr int kMaxHeads = 1 << 20;
+constexpr double kMaxScale = 1e38;  // times log2(e), it must be a float
 // Elements of a tensor and query-key pairs of a problem must be countable with room to spare.
 constexpr double kMaxCount = double(std::numeric_limits<int64_t>::max()) / 16;
 
@@ -56,7 +57,7 @@ void validate_counts(const Problem& p) {
   validate_count(batch * tokens * width, "a tensor");
   validate_count(batch * p.extra_keys * width, "a tensor of additional keys");
   validate_count(pairs + tokens * p.extra_keys, "the query-key pairs of a problem");
-  if (p.has_bias) validate_count(bias, "a relative position bias");
+  if (p.has_bias) validate_count(bias * (1 << 20), "a relative position bias");
 }
 
 }  // namespace
@@ -74,7 +75,8 @@ void validate(const Problem& p) {
          " must be at least 1 and at most " + str(kMaxHeads));
   if (p.extra_keys < 0 || p.extra_keys > kMaxExtent)
     fail("additional keys must number 0 to " + str(kMaxExtent) + ", not " + str(p.extra_keys));
-  if (!std::isfinite(p.scale)) fail("scale " + std::to_string(p.scale) + " must be a finite number");
+  if (!std::isfinite(p.scale) || (p.dtype != DType::f64 && std::abs(p.scale) > kMaxScale))
+    fail("scale " + std::to_string(p.scale) + " must be a finite number, and at most 1e38 unless tensors are float64");
   const char* names[3] = {"z (first of three)", "y (second to last)", "x (last)"};
   for (int i = 0; i < 3; ++i) validate_axis(p.axes[i], names[i], p.oversize);
   if (!p.has_window() && p.extra_keys == 0) fail("kernel_size 0 leaves no keys: give additional keys or a kernel_size");

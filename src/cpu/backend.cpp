@@ -16,6 +16,8 @@ constexpr std::string_view kLoops[] = {"loops-avx512", "loops-avx2", "loops-port
 
 // The scores of all slots of a few lanes are kept at once; beyond this they would not fit in any cache.
 constexpr int64_t kMostSlots = 1 << 16;
+// Elements of packed keys and values that a thread may hold.
+constexpr double kMostRing = 1 << 27;
 
 const char* why_not_sliding(const Problem& p) {
   if (p.batch == 0 || p.tokens() == 0) return "there are no queries";
@@ -25,6 +27,9 @@ const char* why_not_sliding(const Problem& p) {
   if (p.extra_keys > 0) return "additional keys are not in this kernel";
   if (int64_t{group_axis(p.axes[0], 0).window} * group_axis(p.axes[1], 0).window * x.window > kMostSlots)
     return "the window has more than 65536 keys";
+  const Axis z = group_axis(p.axes[0], 0), y = group_axis(p.axes[1], 0);
+  if (double(z.window) * y.window * (x.window + 128.0) * (double(p.head_dim) + p.head_dim_v) > kMostRing)
+    return "the key rows of a window would take gigabytes";
   return nullptr;
 }
 

@@ -174,9 +174,9 @@ void Head<T, Real>::query_forward(Int3 token) const {
   const Real sum = sum_lanes(lane_sum);
   weigh_keys(s.weights, token, args.v, args.extra_v, p.head_dim_v, s.sum_v);
   T* out = const_cast<T*>(row(args.out, token, head));
-  const Real inverse = sum == 0 ? 0 : 1 / sum;
-  for_each_vector<Real>(p.head_dim_v,
-                        [&](int d, int lanes) { store_up_to<Real>(out + d, load<V>(s.sum_v + d) * inverse, lanes); });
+  for_each_vector<Real>(p.head_dim_v, [&](int d, int lanes) {
+    store_up_to<Real>(out + d, sum == 0 ? V{} : load<V>(s.sum_v + d) / sum, lanes);
+  });
   sum_at(args.lse, token) = Real(m * Real(kLn2) + std::log(sum));
 }
 
@@ -188,7 +188,8 @@ Real Head<T, Real>::query_backward(Int3 token, Real* dbias) const {
   const Real delta = dot(s.b, row(args.out, token, head), p.head_dim_v) - (args.dlse ? sum_at(args.dlse, token) : 0);
   const int64_t n = logits(token);
   const Real lse = base2(sum_at(args.lse, token));
-  for (int64_t i = 0; i < n; i += kLanes<Real>) store(s.weights + i, exp2<Real>(load<V>(s.weights + i) - lse));
+  for (int64_t i = 0; i < n; i += kLanes<Real>)
+    store(s.weights + i, exp2<Real>(at_most_zero(load<V>(s.weights + i) - lse)));
   int64_t slot = 0;
   for_each_key_run(p, token, [&](const Run& run) {
     const T* v = row(args.v, run.token, head_kv());
@@ -229,7 +230,8 @@ struct KeyGradient {
       s.weights[i] = dot(s.a, q + i * q_step, p.head_dim) + bias - base2(h.sum_at(h.args.lse, token));
     }
     for (int i = run.count; i % kLanes<Real> != 0; ++i) s.weights[i] = -INFINITY;
-    for (int i = 0; i < run.count; i += kLanes<Real>) store(s.weights + i, exp2<Real>(load<Vec<Real>>(s.weights + i)));
+    for (int i = 0; i < run.count; i += kLanes<Real>)
+      store(s.weights + i, exp2<Real>(at_most_zero(load<Vec<Real>>(s.weights + i))));
     for (int i = 0; i < run.count; ++i)
       s.grads[i] = s.weights[i] * (dot(s.b, dout + i * dout_step, p.head_dim_v) - delta[first + int64_t{i} * dilation]);
     add_weighted(s.weights, run.count, dout, dout_step, p.head_dim_v, s.sum_v);
@@ -346,7 +348,7 @@ size_t loops_workspace(const Problem& p, Pass pass, int num_threads) {
     Scratch<T, RealOf<T>>(p, arena);
     if (pass == Pass::backward) Shared<RealOf<T>>(p, shared);
     if (pass == Pass::forward && p.batch * p.tokens() == 0) return size_t{0};  // nothing runs
-    return size_t(arena.used() * num_threads + shared.used());
+    return size_t(times(arena.used(), num_threads) + shared.used());
   });
 }
 

@@ -48,6 +48,12 @@ class Arena {
   int64_t used_ = 0;
 };
 
+/// bytes * threads, or more than any machine has if that overflows: the allocation then fails, with an error.
+NATTEN_INLINE int64_t times(int64_t bytes, int threads) {
+  int64_t product;
+  return __builtin_mul_overflow(bytes, threads, &product) || product > INT64_MAX / 4 ? INT64_MAX / 4 : product;
+}
+
 /// The elements of one token as Real, padded with zeros to whole vectors.
 template <class Real, class T>
 NATTEN_INLINE void pack_token(const T* from, int channels, Real* to) {

@@ -407,10 +407,10 @@ NATTEN_INLINE void apply_rules(const ScoreRules<Real>& rules, const RowGroup& gr
   }
 }
 
-/// Stores the accumulators of two neighbouring queries of each row, times factor(row, query).
-template <class Real, int kVectors, class T, class Factor>
+/// Stores finish(row, query, accumulator) for the two neighbouring queries of each row.
+template <class Real, int kVectors, class T, class Finish>
 NATTEN_INLINE void store_pairs(const RowPair<Real, kVectors>& acc, const Tokens<T>& to, const RowGroup& group, int x,
-                               int lane, int count, int channel, int channels, Factor&& factor) {
+                               int lane, int count, int channel, int channels, Finish&& finish) {
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
@@ -420,7 +420,7 @@ NATTEN_INLINE void store_pairs(const RowPair<Real, kVectors>& acc, const Tokens<
 #pragma GCC unroll 4
       for (int n = 0; n < kVectors; ++n) {
         const int rest = channels - channel - n * kLanes<Real>;
-        store_up_to<Real>(token + n * kLanes<Real>, acc[r][i][n] * factor(r, i),
+        store_up_to<Real>(token + n * kLanes<Real>, finish(r, i, acc[r][i][n]),
                           rest < kLanes<Real> ? rest : kLanes<Real>);
       }
     }

@@ -241,7 +241,7 @@ void BackwardItem<T, Real>::softmax(const RowGroup& group, const Scores<Real>& p
     const V lse2 = load<V>(base2_lse), d = load<V>(delta);
     Real *s = p_scores.at(r, 0), *ds = ds_scores.at(r, 0);
     for (int64_t i = 0; i < int64_t{group.seen[r]} * x_axis.window; ++i, s += kLanes<Real>, ds += kLanes<Real>) {
-      const V e = exp2<Real>(load<V>(s) - lse2);
+      const V e = exp2<Real>(at_most_zero(load<V>(s) - lse2));
       store(s, e);
       store(ds, e * (load<V>(ds) - d));
     }
@@ -293,12 +293,12 @@ void BackwardItem<T, Real>::query_gradient(const RowGroup& group, const Scores<R
     const KeyRow& row = group.key_rows[i];
     const Real* weights[kRows];
     for (int r = 0; r < kRows; ++r) weights[r] = ds_scores.at(r, row.window_row[r]) + lane;
-    const Real* from =
-        scratch.key_rows_natural + row.ring_slot * l.natural_size(l.dim) + (x - item.x.begin + lane) * l.dim + channel;
+    const Real* from = scratch.key_rows_natural + row.ring_slot * l.natural_size(l.dim) +
+                       int64_t{x - item.x.begin + lane} * l.dim + channel;
     add_key_row<Real, kVectors>(acc, row.first, row.last, weights, from, l.dim, x_axis.window);
   }
   store_pairs<Real, kVectors>(acc, dq, group, x, lane, count, channel, p.head_dim,
-                              [&](int, int) { return Real(p.scale); });
+                              [&](int, int, Vec<Real> v) { return v * Real(p.scale); });
 }
 
 template <class T, class Real>
@@ -441,7 +441,7 @@ size_t sliding_backward_workspace(const Problem& p, int num_threads) {
     Arena shared(nullptr), counter(nullptr);
     Shared<T, RealOf<T>>(p, {}, l, shared);
     BackwardScratch<T, RealOf<T>>(l, counter);
-    return size_t(shared.used() + counter.used() * num_threads);
+    return size_t(shared.used() + times(counter.used(), num_threads));
   });
 }
 

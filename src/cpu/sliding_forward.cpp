@@ -153,11 +153,13 @@ void ForwardItem<T, Real>::values(const RowGroup& group, const Scores<Real>& sco
     const Real* weights[kRows];
     for (int r = 0; r < kRows; ++r) weights[r] = scores.at(r, row.window_row[r]) + lane;
     const Real* from =
-        scratch.values + row.ring_slot * l.natural_size(l.dim_v) + (x - item.x.begin + lane) * l.dim_v + channel;
+        scratch.values + row.ring_slot * l.natural_size(l.dim_v) + int64_t{x - item.x.begin + lane} * l.dim_v + channel;
     add_key_row<Real, kVectors>(acc, row.first, row.last, weights, from, l.dim_v, x_axis.window);
   }
-  store_pairs<Real, kVectors>(acc, out, group, x, lane, count, channel, p.head_dim_v,
-                              [&](int r, int i) { return inverse[r][lane + i]; });
+  store_pairs<Real, kVectors>(acc, out, group, x, lane, count, channel, p.head_dim_v, [&](int r, int i, Vec<Real> v) {
+    const Real factor = inverse[r][lane + i];  // 0 if all logits are -infinity
+    return factor == Real(0) ? Vec<Real>{} : v * factor;
+  });
 }
 
 template <class T, class Real>
@@ -210,7 +212,7 @@ size_t sliding_forward_workspace(const Problem& p, int num_threads) {
     const Layout<RealOf<T>> l(p, Pass::forward, num_threads);
     Arena counter(nullptr);
     ForwardScratch<T, RealOf<T>>(l, counter);
-    return size_t(counter.used()) * num_threads;
+    return size_t(times(counter.used(), num_threads));
   });
 }
 

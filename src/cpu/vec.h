@@ -80,6 +80,12 @@ NATTEN_INLINE V select(M mask, V yes, V no) {
   return mask ? yes : no;
 }
 
+/// x, or 0 where x is greater; NaN stays. The exponent of a probability: lse is rounded, so it can come out above 0.
+template <class V>
+NATTEN_INLINE V at_most_zero(V x) {
+  return V{} < x ? V{} : x;
+}
+
 /// 0, 1, 2, ... as Real.
 template <class Real>
 NATTEN_INLINE Vec<Real> lane_numbers() {

@@ -49,6 +49,9 @@ void for_each_token(Int3 grid, Visit visit) {
 
 int64_t token_index(Int3 grid, Int3 t) { return (int64_t{t.z} * grid.y + t.y) * grid.x + t.x; }
 
+// An lse that was rounded to float can be below a logit; no probability exceeds 1. NaN stays.
+double at_most_zero(double x) { return x > 0 ? 0 : x; }
+
 template <class T>
 double dot(const T* a, const T* b, int n) {
   double sum = 0;
@@ -149,7 +152,7 @@ void backward_query(const Query<T>& query, const BackwardArgs& args, const Sums&
   const int64_t bias_base = (query.head % p.heads_per_kv()) * Sums::bias_entries(p);
   std::fill_n(sums.dq, p.head_dim, 0.0);
   query.for_each([&](double logit, const T* k, const T* v, const Int3* key, Int3 rel, int extra) {
-    const double probability = lse == -kInfinity ? 0 : std::exp(logit - lse);
+    const double probability = lse == -kInfinity ? 0 : std::exp(at_most_zero(logit - lse));
     const double ds = probability * (dot(dout, v, p.head_dim_v) - delta);
     const int64_t row = key ? token_index(p.grid(), *key) : extra;
     double* dk = (key ? sums.dk : sums.dextra_k) + row * p.head_dim;
