@@ -108,18 +108,11 @@ TEST(Validate, NamesTheAxisAndTheNumbersOfAWindow) {
 
 TEST(Validate, RefusesOversizeWindowsOnRequest) {
   expect_mistakes({
-      {[](Problem& p) {
-         p.oversize = false, p.axes[1] = {32, 9, 1, 4, false};
-       },
+      {[](Problem& p) { p.oversize = false, p.axes[1] = {32, 9, 1, 4, false}; },
        {"kernel_size 9", "dilation 4", "36", "axis y", "32", "choose a smaller", "oversize"}},
-      {[](Problem& p) {
-         p.oversize = false, p.axes[2] = {20, 21, 1, 1, false};
-       },
+      {[](Problem& p) { p.oversize = false, p.axes[2] = {20, 21, 1, 1, false}; },
        {"kernel_size 21", "axis x", "20", "choose a smaller", "oversize"}},
-      {[](Problem& p) {
-         p.oversize = false, p.axes[2] = {20, INT_MAX / 16, 1, 16, true};
-       },
-       {"axis x", "20"}},
+      {[](Problem& p) { p.oversize = false, p.axes[2] = {20, INT_MAX / 16, 1, 16, true}; }, {"axis x", "20"}},
   });
   Problem exact = valid();
   exact.oversize = false;

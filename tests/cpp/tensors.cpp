@@ -115,7 +115,7 @@ Tensor::Tensor(DType dtype, const Shape& sizes, Layout layout, int64_t guard)
   }
   capacity_ = origin_ + last + 1 + guard;
   const size_t bytes = size_t(capacity_) * size_t(size_of(dtype_));
-  bytes_.reset(static_cast<std::byte*>(::operator new (std::max<size_t>(bytes, 1), std::align_val_t{kAlignment})));
+  bytes_.reset(static_cast<std::byte*>(::operator new(std::max<size_t>(bytes, 1), std::align_val_t{kAlignment})));
   owned_.assign(size_t(capacity_), false);
   for (int64_t i = 0; i < capacity_; ++i) write_pattern(i);
   for_each([&](const Shape& at) { owned_[size_t(offset(at))] = true; });

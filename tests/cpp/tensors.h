@@ -62,7 +62,7 @@ class Tensor {
 
  private:
   struct Free {
-    void operator()(std::byte* p) const { ::operator delete (p, std::align_val_t{kAlignment}); }
+    void operator()(std::byte* p) const { ::operator delete(p, std::align_val_t{kAlignment}); }
   };
   static constexpr size_t kAlignment = 64;
 
