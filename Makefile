@@ -95,7 +95,7 @@ test-slow: $(DONE)/natten $(DONE)/dependencies-test
 	$(call say,Slow Python tests)
 	$(PY) -m pytest -rs -m slow $(PYTEST_ARGS)
 
-# Without the tests that repeat a problem many times: under sanitizers they take long and reach no new code.
+# Without the tests that repeat a problem many times, which take long under sanitizers.
 asan: | $(DONE)/system-test $(DONE)/venv
 	$(call say,C++ tests and fuzz under ASan and UBSan)
 	mkdir -p build/asan
