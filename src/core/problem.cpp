@@ -57,7 +57,8 @@ void validate_counts(const Problem& p) {
   validate_count(batch * tokens * width, "a tensor");
   validate_count(batch * p.extra_keys * width, "a tensor of additional keys");
   validate_count(pairs + tokens * p.extra_keys, "the query-key pairs of a problem");
-  if (p.has_bias) validate_count(bias * (1 << 20), "a relative position bias");
+  // The backward pass sums a table per piece of work, of which there are at most as many as queries.
+  if (p.has_bias) validate_count(bias * std::max(batch * tokens, 1048576.0), "a relative position bias");
 }
 
 }  // namespace

@@ -168,6 +168,9 @@ TEST(Validate, RefusesSizesThatCannotBeAddressed) {
        },
        {"smaller"}},
       {[](Problem& p) { p.axes[0].window = p.axes[1].window = p.axes[2].window = kBig; }, {"smaller"}},
+      // A table of the bias for every piece of work of the backward pass.
+      {[](Problem& p) { p.axes[1] = p.axes[2] = {1 << 17, 1 << 14, 1, 1 << 14, false}, p.has_bias = true; },
+       {"relative position bias", "smaller"}},
   });
 }
 
