@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from ._geometry import in_full
 from ._library import KEY_SPANS
 
 
@@ -32,7 +33,7 @@ def windows(extent, window, stride, dilation, causal, device) -> Windows:
     if window[0] == 0:  # cross attention: no keys on the grid
         none = zero.new_zeros(math.prod(extent), 0)
         return Windows(none, none == 0, none)
-    for n, *parameters in zip(extent, window, stride, dilation, causal, strict=True):
+    for n, *parameters in zip(extent, *in_full(window, stride, dilation, causal), strict=True):
         axis = _axis_windows(n, *parameters, device)
         shape = key.shape[0] * n, key.shape[1] * axis.key.shape[1]
         key = (key[:, None, :, None] * n + axis.key[None, :, None]).reshape(shape)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from ._geometry import in_full
+
 NAMESPACE = "natten"  # a hub build, which may live beside an installed copy, changes this one word
 _HOW_TO_BUILD = (
     "install it with `pip install .` in the source tree, or build it with "
@@ -79,8 +81,9 @@ def _cut(number) -> int:
     return max(-(2**31), min(int(number), 2**31 - 1))
 
 
-def _axes(extent, window, stride, dilation, causal):
+def _axes(extent, *axes):
     rank = len(extent)
+    window, stride, dilation, causal = in_full(*axes)
     sizes = [(ctypes.c_int64 * rank)(*(_cut(x) for x in xs)) for xs in (extent, window, stride, dilation)]
     return rank, *sizes, (ctypes.c_int32 * rank)(*(int(x) for x in causal))
 
