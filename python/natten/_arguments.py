@@ -64,9 +64,9 @@ def _shown(value) -> str:
     return f"{value!r:.60}" if plain else type(value).__name__
 
 
-def integers(name: str, value, rank: int, default: int = 1) -> list:
-    """Strides and dilations; None is the default."""
-    return [default] * rank if value is None else _per_axis(name, value, rank, integer)
+def integers(name: str, value, rank: int, default: int | None = 1) -> list:
+    """One per axis; None is the default, or where there is none a wrong type."""
+    return [default] * rank if value is None and default is not None else _per_axis(name, value, rank, integer)
 
 
 def booleans(name: str, value, rank: int) -> list[bool]:
@@ -107,6 +107,8 @@ def dense_tensor(name: str, x, function: str, axes: tuple[str, ...]) -> None:
 def are_plain(dims: int, query, key, value) -> bool:
     """Whether every check below would pass, as nearly always: dense tensors of `dims` dimensions that agree in an
     engine's dtype and in device, with unit last strides. False means only that they have to be looked at one by one."""
+    if type(query) is not torch.Tensor:
+        return False
     dtype, device = query.dtype, query.device
     for x in (query, key, value):
         if type(x) is not torch.Tensor or x.layout is not torch.strided or x.is_nested or x.dim() != dims:

@@ -71,7 +71,7 @@ _kept = functools.lru_cache(maxsize=1024, typed=True)(_eager)
 def _geometry_of(shape, kernel_size, stride, dilation, is_causal, oversize) -> Geometry:
     extents = shape[1:-2]
     rank = len(extents)
-    sizes = args.integers("kernel_size", kernel_size, rank)
+    sizes = args.integers("kernel_size", kernel_size, rank, default=None)
     stride, dilation = args.integers("stride", stride, rank), args.integers("dilation", dilation, rank)
     causal = args.booleans("is_causal", is_causal, rank)
     window = [_window(*axis, oversize) for axis in zip(args.AXES[rank], sizes, extents, dilation, strict=True)]

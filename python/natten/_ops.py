@@ -13,6 +13,7 @@ import torch
 
 from ._batching import fold_rule
 from ._errors import translated
+from ._gather import attend, in_onnx_export
 from ._library import HAS_LIBNATTEN, KEY_SPANS, NA_BWD, NA_FWD, NAMESPACE, refuse
 from ._registration import register
 from ._second_order import hvp, jvp
@@ -104,6 +105,10 @@ def _fake_key_spans(extent, window, stride, dilation, causal):
     return torch.empty(extent, 2, dtype=torch.int64)
 
 
+def _traced_fwd(*args):
+    return attend(*args) if in_onnx_export() else NA_FWD(*args)
+
+
 if HAS_LIBNATTEN:
     torch.library.register_fake(NA_FWD)(_fake_fwd)
     torch.library.register_fake(NA_BWD)(_fake_bwd)
@@ -113,7 +118,7 @@ if HAS_LIBNATTEN:
     Forward.vmap = staticmethod(fold_rule(NA_FWD, 3, (-2, -2, -2, 0, -2, -2), (-2, -1)))
     Backward.vmap = staticmethod(fold_rule(NA_BWD, 5, (-2, -1, -2, -2, -2, 0, -2, -2, -2, -1), (-2, -2, -2, 0, -2, -2)))
     _registrations = torch.library.Library(NAMESPACE, "IMPL")  # NOTE: they die with this object
-    na_fwd = register(_registrations, NA_FWD, Forward)
+    na_fwd = register(_registrations, NA_FWD, Forward, traced=_traced_fwd)
     na_bwd = register(_registrations, NA_BWD, Backward)
 else:
     na_fwd = na_bwd = refuse

@@ -19,11 +19,11 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 _RULES = ("setup_context", "backward", "jvp", "vmap")
 
 
-def register(library: torch.library.Library, op, rules: type):
+def register(library: torch.library.Library, op, rules: type, traced=None):
     """Gives `op` the rules of the class `rules`: static methods as those of torch.autograd.Function.
 
     Returns a function that does what the op does, and in eager mode spares the dispatcher's way through Python: half
-    of a call that records.
+    of a call that records. `traced` is what torch.compile and torch.export see in its place; None is the op.
     """
 
     def below(*args):
@@ -47,7 +47,9 @@ def register(library: torch.library.Library, op, rules: type):
         return recording.apply(*args) if _differentiates(args) else below(*args)
 
     def call(*args):
-        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or _is_transformed():
+        if torch.compiler.is_compiling():
+            return (traced or op)(*args)
+        if torch.is_inference_mode_enabled() or _is_transformed():
             return op(*args)
         return autograd(*args)
 
