@@ -7,7 +7,6 @@ operator and differentiable to any order; its memory is O(queries * keys of a wi
 
 import torch
 
-from ._arguments import scale_or_default
 from ._errors import translated
 from ._gather import gather, mix
 from ._geometry import geometry_of
@@ -34,10 +33,10 @@ def attention_with_dropout(
     Each is kept with probability 1 - dropout_p and then divided by it. `oversize` is "clamp" or "error": who wants
     "pad" pads beforehand.
     """
-    axes = geometry_of(query.shape, kernel_size, stride, dilation, is_causal, oversize).axes
+    options = geometry_of(query.shape, kernel_size, stride, dilation, is_causal, scale, oversize).options
     tensors = query, key, value, rpb, additional_keys, additional_values
     try:
-        x = gather(*tensors, *axes, scale_or_default(scale, query.shape[-1]))
+        x = gather(*tensors, *options)
     except (RuntimeError, ValueError) as error:
         raise translated(error, query.device.type) from None
     out = mix(torch.nn.functional.dropout(x.p, dropout_p), x.v)

@@ -56,15 +56,14 @@ def _neighborhood(
     args.flag("return_lse", return_lse)
     query, *others = _checked_tensors(name, rank, query, key, value, additional_keys, additional_values, rpb)
     shape, mode = query.shape, context.resolve_oversize(oversize)
-    geometry = geometry_of(shape, kernel_size, stride, dilation, is_causal, mode)
+    geometry = geometry_of(shape, kernel_size, stride, dilation, is_causal, scale, mode)
     if geometry.looks_heads_first and name in _LAYOUT_CHECKED:
         _tell_of_layout(name, query)
-    scale = args.scale_or_default(scale, shape[-1])
     plan = "" if backend is None and plan is None else _tuning.plan_of(backend, plan, query.device)
     tensors = query, *others
     if geometry.padding:
         tensors = *(zero_pad(x, geometry.padding) for x in tensors[:3]), *tensors[3:]
-    out, lse = _run(tensors, (*geometry.axes, scale, geometry.may_be_oversize, plan), backend)
+    out, lse = _run(tensors, (*geometry.options, plan), backend)
     if geometry.padding:
         out, lse = _cropped(shape[1:-2], out, lse)
     return (out, lse) if return_lse else out
