@@ -19,8 +19,22 @@ from ._library import NA_FWD
 from ._ops import with_unit_last_stride
 from ._varlen import attend_nothing, attend_samples, sample_bounds
 from .merge import merge_attentions
+from .unfused import attend, na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
 
-__all__ = ["attention", "merge_attentions", "na1d", "na2d", "na3d", "neighborhood_attention_generic"]
+__all__ = [
+    "attention",
+    "merge_attentions",
+    "na1d",
+    "na1d_av",
+    "na1d_qk",
+    "na2d",
+    "na2d_av",
+    "na2d_qk",
+    "na3d",
+    "na3d_av",
+    "na3d_qk",
+    "neighborhood_attention_generic",
+]
 _LAYOUT_CHECKED = ("na1d", "na2d", "na3d")  # not what the modules call: their layout is certain
 
 
@@ -40,6 +54,8 @@ def _neighborhood(
     additional_values=None,
     rpb=None,
     return_lse=False,
+    return_weights=False,
+    attn_drop=0.0,
     backend=None,
     plan=None,
     oversize=None,
@@ -53,7 +69,7 @@ def _neighborhood(
         )
     if tuning:
         _tuning.check(tuning, rank, _tuning.TUNING, name)
-    args.flag("return_lse", return_lse)
+    args.flag("return_lse", return_lse), args.flag("return_weights", return_weights)
     query, key, value, extra_k, extra_v, rpb = _checked_tensors(
         name, rank, query, key, value, additional_keys, additional_values, rpb
     )
@@ -74,10 +90,26 @@ def _neighborhood(
         args.refuse_oversize(extents, window, dilation, whole)
     plan = _tuning.plan_of(backend, plan, query.device)
     options = window, stride, dilation, causal, scale, not strict, plan
-    out, lse = _run((query, key, value, rpb, extra_k, extra_v), options, backend)
+    tensors = query, key, value, rpb, extra_k, extra_v
+    if return_weights or attn_drop:
+        return _unfused(tensors, options, extents, args.probability("attn_drop", attn_drop), return_lse, return_weights)
+    out, lse = _run(tensors, options, backend)
     if mode == "pad":
-        out, lse = _cropped(extents, out, lse)
+        out, lse = _cropped(extents, 1, out, lse)
     return (out, lse) if return_lse else out
+
+
+def _unfused(tensors, options, extents, dropout_p, return_lse, return_weights):
+    """The same through an attention tensor: with dropout on the weights, or to return them."""
+    *geometry, scale, oversize, plan = options
+    try:
+        out, lse, weights = attend(*tensors, geometry, scale, oversize, plan, dropout_p)
+    except (RuntimeError, ValueError) as error:
+        raise translated(error, tensors[0].device.type) from None
+    out, lse = _cropped(extents, 1, out, lse)
+    (weights,) = _cropped(extents, 2, weights)
+    results = out, *((lse,) if return_lse else ()), *((weights,) if return_weights else ())
+    return results if len(results) > 1 else out
 
 
 @_tuning.with_signature_of(_neighborhood)
@@ -101,6 +133,10 @@ def neighborhood_attention_generic(query, key, value, kernel_size, *too_many, **
         rpb: relative position bias [heads, 2 * kernel_size - 1 per axis], added to the scaled logits at index
             (key - query) / dilation + kernel_size - 1; cast to the dtype of `query`.
         return_lse: also return the logarithm of the softmax's denominator; it is differentiable.
+        return_weights: also return the weights [batch, heads, *grid, slots], see `natten.unfused` for the slots; they
+            are computed in two steps, which takes memory for every window.
+        attn_drop: probability of dropout on the weights, at every call (a layer asks for it in training only); takes
+            the same path.
         backend: a name of the original or one of ours (cpu, reference, portable, sm90); None is the best one.
         plan: a plan or a prefix of one, see `natten.list_plans`.
         oversize: where kernel_size * dilation exceeds an axis: "clamp", "error" or "pad"; see
@@ -109,7 +145,7 @@ def neighborhood_attention_generic(query, key, value, kernel_size, *too_many, **
 
     Returns:
         [batch, *grid, heads, head_dim_v] in the dtype of `query` (under torch.autocast: in its dtype; float64 stays),
-        and with `return_lse` also [batch, *grid, heads], float32 (float64 for float64).
+        and with `return_lse` also [batch, *grid, heads], float32 (float64 for float64); `return_weights` adds those.
 
     Raises:
         TypeError: wrong types (these are ValueErrors too), more than four positional arguments.
@@ -160,7 +196,7 @@ def _checked_tensors(name, rank, query, key, value, extra_k, extra_v, rpb):
         args.dense_tensor(
             "rpb", rpb, name, ("heads", *(f"2 * kernel_size - 1 along {axis}" for axis in args.AXES[rank]))
         )
-    query, key, value, extra_k, extra_v = _autocast(query, key, value, extra_k, extra_v)
+    query, key, value, extra_k, extra_v = args.autocast(query, key, value, extra_k, extra_v)
     others = ("key", key), ("value", value), ("additional_keys", extra_k), ("additional_values", extra_v)
     args.tensors_agree(name, ("query", query), *others)
     if rpb is not None:
@@ -169,16 +205,6 @@ def _checked_tensors(name, rank, query, key, value, extra_k, extra_v, rpb):
     if extra_k is not None:
         extra_k, extra_v = with_unit_last_stride(extra_k), with_unit_last_stride(extra_v)
     return *map(with_unit_last_stride, (query, key, value)), extra_k, extra_v, rpb
-
-
-def _autocast(query, *others):
-    """Under torch.autocast all but float64 tensors in its dtype."""
-    # NOTE: here and not at an Autocast dispatch key: three public calls, and Dynamo traces them.
-    kind = query.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # which it refuses to answer for meta
-        return query, *others
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (query, *others))
 
 
 def _run(tensors, options, backend):
@@ -220,9 +246,9 @@ def _padded(extents, window, dilation, *tensors):
     return tuple(_zero_pad(x, amounts) for x in tensors)
 
 
-def _cropped(extents, *tensors):
-    for i, n in enumerate(extents):
-        tensors = tuple(x if x.shape[i + 1] == n else x.narrow(i + 1, 0, n) for x in tensors)
+def _cropped(extents, first_axis, *tensors):
+    for i, n in enumerate(extents, first_axis):
+        tensors = tuple(x if x.shape[i] == n else x.narrow(i, 0, n) for x in tensors)
     return tensors
 
 
@@ -280,7 +306,7 @@ def attention(
     causal, _ = args.flag("is_causal", is_causal), args.flag("return_lse", return_lse)
     for label, x in (("query", query), ("key", key), ("value", value)):
         args.dense_tensor(label, x, "attention", ("batch", "seqlen", "heads", "head_dim"))
-    query, key, value = _autocast(query, key, value)
+    query, key, value = args.autocast(query, key, value)
     args.tensors_agree("attention", ("query", query), ("key", key), ("value", value))
     args.same_sizes("attention", ("query", "key"), query, key, (("batch", 0), ("head_dim", -1)))
     args.same_sizes("attention", ("key", "value"), key, value, (("batch", 0), ("seqlen", 1), ("heads", -2)))

@@ -10,7 +10,6 @@ from torch import nn
 
 from . import _arguments as args
 from . import context
-from ._unfused import attention_with_dropout
 from .functional import neighborhood_attention_generic
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
@@ -139,8 +138,8 @@ class _NeighborhoodAttention(nn.Module):
     def _attend(self, q, k, v, oversize):
         options = {"stride": self.stride, "dilation": self.dilation, "is_causal": self.is_causal, "scale": self.scale}
         options |= {"rpb": self.rpb, "oversize": "clamp" if oversize == "pad" else oversize}
-        if self.training and self.attn_drop.p > 0:
-            return attention_with_dropout(q, k, v, self.kernel_size, dropout_p=self.attn_drop.p, **options)
+        if self.training:
+            options["attn_drop"] = self.attn_drop.p
         return neighborhood_attention_generic(q, k, v, self.kernel_size, **options)
 
     def _padded(self, x):
