@@ -4,7 +4,7 @@
 Start with `na1d`, `na2d`, `na3d` (tensors, heads last) or `NeighborhoodAttention1D`, `...2D`, `...3D` (layers).
 """
 
-from . import context, functional, modules, unfused
+from . import _legacy, context, functional, modules, unfused
 from ._library import HAS_LIBNATTEN
 from ._version import __version__
 from .context import (
@@ -63,3 +63,13 @@ __all__ = [
     "use_deterministic_algorithms",
     "use_kv_parallelism_in_fused_na",
 ]
+
+__path__.append(_legacy.FOLDER)
+# NOTE: natten.na2d was a module once, and code that names natten.na2d.NeighborhoodAttention2D is still around.
+na1d.NeighborhoodAttention1D = NeighborhoodAttention1D
+na2d.NeighborhoodAttention2D = NeighborhoodAttention2D
+na3d.NeighborhoodAttention3D = NeighborhoodAttention3D
+
+
+def __getattr__(name: str):
+    return _legacy.attribute(__name__, name)

@@ -342,3 +342,9 @@ def _dense(query, key, value, causal, scale, plan, backend):
         none = [x.new_empty(x.shape[0], 0, *x.shape[2:]) for x in (key, value)]
         tensors, window = (query, *none, None, key, value), 0
     return _run(tensors, ([window], [1], [1], [causal], scale, True, plan), backend)
+
+
+def __getattr__(name: str):
+    from . import legacy_functional
+
+    return legacy_functional.attribute(name, __name__)
