@@ -66,6 +66,19 @@ _HOME = {name: module for module, names in _TOP_LEVEL.items() for name in names}
 _SUBMODULES = ("autotuner", "backends", "flops", "libnatten", "nested", "ops", "token_permute", "types", "utils")
 
 
+def finder(module: str, home: str):
+    """The `__getattr__` of `module` for the names that the legacy module `home` lists in `__all__`."""
+
+    def __getattr__(name: str):
+        if not name.startswith("_"):
+            legacy = importlib.import_module("." + home, module.rpartition(".")[0])
+            if name in legacy.__all__:
+                return getattr(legacy, name)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+    return __getattr__
+
+
 def names() -> list[str]:
     """Everything that `attribute` finds."""
     return [*_HOME, *_SUBMODULES]

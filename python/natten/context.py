@@ -11,6 +11,8 @@ import warnings
 
 import torch
 
+from . import _legacy
+
 _OVERSIZE = ("clamp", "error", "pad")
 _LAYOUT_CHECKS = ("warn", "error", "off")
 
@@ -74,10 +76,7 @@ NattenContext.reset()
 AutotunerContext.reset()
 
 
-def __getattr__(name: str):
-    from . import legacy_context
-
-    return legacy_context.attribute(name, __name__)
+__getattr__ = _legacy.finder(__name__, "legacy_context")
 
 
 def check_oversize(mode: str | None) -> str | None:

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import pad as _zero_pad
 
 from . import _arguments as args
-from . import _tuning, context
+from . import _legacy, _tuning, context
 from ._errors import WrongType, translated
 from ._library import NA_FWD
 from ._ops import with_unit_last_stride
@@ -344,7 +344,4 @@ def _dense(query, key, value, causal, scale, plan, backend):
     return _run(tensors, ([window], [1], [1], [causal], scale, True, plan), backend)
 
 
-def __getattr__(name: str):
-    from . import legacy_functional
-
-    return legacy_functional.attribute(name, __name__)
+__getattr__ = _legacy.finder(__name__, "legacy_functional")

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Eras 0.13 to 0.17: unfused operators under their older names, as `natten.functional.X`.
 
-    0.14.1 to 0.14.4  natten{1,2}dqkrpb(query, key, rpb, dilation)                natten{1,2}dav(attn, value, dilation)
-    0.14.5            natten{1,2}dqkrpb(query, key, rpb, kernel_size, dilation)
-    0.14.6 to 0.17.4  natten{1,2}dqk(query, key, kernel_size, dilation)           natten{1,2}dav(attn, value, kernel_size,
-                                                                                  dilation)
-    0.15              natten3d* and na3d_qk_with_bias: (..., kernel_size_d, kernel_size, dilation_d, dilation)
+    natten{1,2}dqkrpb  0.14.1 (query, key, rpb, dilation)       0.14.5 (query, key, rpb, kernel_size, dilation)
+    natten{1,2}dav     0.14.1 (attn, value, dilation)           0.14.6 (attn, value, kernel_size, dilation)
+    natten{1,2}dqk                                              0.14.6 (query, key, kernel_size, dilation)
+    natten3d*, na3d_qk_with_bias                                0.15 (..., kernel_size_d, kernel_size, dilation_d, dilation)
 
 A form without kernel_size takes it from the table (2 * kernel_size - 1 entries) or from the slots of `attn`. Tensors
 have their heads before the grid, nothing is scaled, and there are no additional keys.
@@ -16,11 +15,33 @@ from . import unfused as _unfused
 from .unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
 
 
-def attribute(name: str, module: str):
-    """A name of this file, for the `__getattr__` of `module`."""
-    if name.startswith("_") or name not in globals():
-        raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    return globals()[name]
+__all__ = [
+    "FusedNeighborhoodAttention1D",
+    "FusedNeighborhoodAttention2D",
+    "FusedNeighborhoodAttention3D",
+    "NATTEN1DAVFunction",
+    "NATTEN1DQKRPBFunction",
+    "NATTENAVFunction",
+    "NATTENQKRPBFunction",
+    "NeighborhoodAttention1DAVAutogradFunction",
+    "NeighborhoodAttention1DQKAutogradFunction",
+    "NeighborhoodAttention2DAVAutogradFunction",
+    "NeighborhoodAttention2DQKAutogradFunction",
+    "NeighborhoodAttention3DAVAutogradFunction",
+    "NeighborhoodAttention3DQKAutogradFunction",
+    "na1d_qk_with_bias",
+    "na2d_qk_with_bias",
+    "na3d_qk_with_bias",
+    "natten1dav",
+    "natten1dqk",
+    "natten1dqkrpb",
+    "natten2dav",
+    "natten2dqk",
+    "natten2dqkrpb",
+    "natten3dav",
+    "natten3dqk",
+    "natten3dqkrpb",
+]
 
 
 def _sizes(name, given, kernel_size, dilation, default):
@@ -55,8 +76,8 @@ def _window_of_slots(name, attn, rank):
         size = round(attn.shape[-1] ** (1 / rank))
         if size**rank != attn.shape[-1]:
             raise ValueError(
-                f"{name}() without kernel_size takes it from the last axis of attn, but {attn.shape[-1]} is no power of "
-                f"{rank}: give kernel_size"
+                f"{name}() without kernel_size takes it from the last axis of attn, but {attn.shape[-1]} is not "
+                f"a window of {rank} equal axes: give kernel_size"
             )
         return size
 
@@ -122,7 +143,7 @@ def na3d_qk_with_bias(query, key, bias, kernel_size_d, kernel_size, dilation_d=1
     return na3d_qk(query, key, *_sizes_3d(kernel_size_d, kernel_size, dilation_d, dilation), rpb=bias)
 
 
-# --- autograd functions: our ops differentiate themselves, so that `apply` is all that is left of them -----------------
+# --- autograd functions: our ops differentiate themselves, so `apply` is all that is left of them ---------------------
 
 
 def _function(name: str, era: str, call):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Layers of eras 0.11 to 0.17 by the modules that had them. Each is a layer of ours behind the constructor of its time:
 
-    of 0.13   natten.nattencuda{1,2}d    (dim, kernel_size, num_heads, qkv_bias, qk_scale, attn_drop, proj_drop, dilation)
-    of 0.14.6 natten.natten{1,2,3}d      (dim, num_heads, kernel_size, dilation, bias, qkv_bias, ...), 3-D with *_d
-    of 0.17   natten.na{1,2,3}d          (dim, num_heads, kernel_size, dilation, is_causal, rel_pos_bias, qkv_bias, ...)
+    of 0.13    natten.nattencuda{1,2}d   (dim, kernel_size, num_heads, qkv_bias, qk_scale, attn_drop, ..., dilation)
+    of 0.14.6  natten.natten{1,2,3}d     (dim, num_heads, kernel_size, dilation, bias, qkv_bias, ...), 3-D with *_d
+    of 0.17    natten.na{1,2,3}d         (dim, num_heads, kernel_size, dilation, is_causal, rel_pos_bias, ...)
 
 Up to 0.15 the input is padded up to the window. `natten.NeighborhoodAttention2D` itself is that of 0.20 and later.
 """
