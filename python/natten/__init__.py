@@ -65,10 +65,6 @@ __all__ = [
 ]
 
 __path__.append(_legacy.FOLDER)
-# NOTE: natten.na2d was a module once, and code that names natten.na2d.NeighborhoodAttention2D is still around.
-na1d.NeighborhoodAttention1D = NeighborhoodAttention1D
-na2d.NeighborhoodAttention2D = NeighborhoodAttention2D
-na3d.NeighborhoodAttention3D = NeighborhoodAttention3D
 
 
 def __getattr__(name: str):

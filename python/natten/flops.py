@@ -11,7 +11,7 @@ import math
 
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _library
+from . import _legacy, _library
 
 
 def _pairs(q, extra_k, window, stride, dilation, causal) -> int:
@@ -69,3 +69,5 @@ if _library.HAS_LIBNATTEN:
     register_flop_formula(_library.NA_QK_BWD.overloadpacket)(na_qk_bwd_flops)
     register_flop_formula(_library.NA_AV.overloadpacket)(na_av_flops)
     register_flop_formula(_library.NA_AV_BWD.overloadpacket)(na_av_bwd_flops)
+
+__getattr__ = _legacy.finder(__name__, "legacy_flops")

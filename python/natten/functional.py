@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import pad as _zero_pad
 
 from . import _arguments as args
-from . import _legacy, _tuning, context
+from . import _legacy, _tracing, _tuning, context
 from ._errors import WrongType, translated
 from ._library import NA_FWD
 from ._ops import with_unit_last_stride
@@ -209,7 +209,7 @@ def _checked_tensors(name, rank, query, key, value, extra_k, extra_v, rpb):
 
 def _run(tensors, options, backend):
     try:
-        return NA_FWD(*tensors, *options)
+        return _tracing.call(NA_FWD, *tensors, *options) if torch.jit.is_tracing() else NA_FWD(*tensors, *options)
     except (RuntimeError, ValueError) as error:
         raise translated(error, tensors[0].device.type, backend) from None
 

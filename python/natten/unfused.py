@@ -13,7 +13,7 @@ import math
 import torch
 
 from . import _arguments as args
-from . import context
+from . import _tracing, context
 from ._errors import translated
 from ._library import KEY_SPANS, NA_AV, NA_QK
 from ._unfused_ops import _dense
@@ -24,6 +24,10 @@ __all__ = ["indices", "na1d_av", "na1d_qk", "na2d_av", "na2d_qk", "na3d_av", "na
 def _qk(
     name, rank, query, key, kernel_size, dilation=1, additional_keys=None, is_causal=False, rpb=None, oversize=None
 ):
+    if any(getattr(x, "is_nested", False) for x in (query, key, additional_keys, rpb)):
+        from .nested import _qk as nested_qk
+
+        return nested_qk(rank, query, key, kernel_size, dilation, additional_keys, is_causal, rpb)
     axes = ("batch", "heads", *args.AXES[rank], "head_dim")
     for label, x in (("query", query), ("key", key)):
         args.dense_tensor(label, x, name, axes)
@@ -43,6 +47,10 @@ def _qk(
 
 
 def _av(name, rank, attn, value, kernel_size, dilation=1, additional_values=None, is_causal=False, oversize=None):
+    if any(getattr(x, "is_nested", False) for x in (attn, value, additional_values)):
+        from .nested import _av as nested_av
+
+        return nested_av(rank, attn, value, kernel_size, dilation, additional_values, is_causal)
     for label, x, last in (("attn", attn, "slots"), ("value", value, "head_dim")):
         args.dense_tensor(label, x, name, ("batch", "heads", *args.AXES[rank], last))
     if additional_values is not None:
@@ -77,7 +85,7 @@ def _geometry(extents, kernel_size, stride, dilation, is_causal, oversize):
 
 def _run(op, like, *arguments):
     try:
-        return op(*arguments)
+        return _tracing.call(op, *arguments) if torch.jit.is_tracing() else op(*arguments)
     except (RuntimeError, ValueError) as error:
         raise translated(error, like.device.type) from None
 

@@ -14,7 +14,6 @@ from . import _library
 from ._arguments import flag
 from .context import AutotunerContext, NattenContext, use_kv_parallelism_in_fused_na
 
-
 __all__ = [
     "disable_autotuner",
     "disable_gemm_na",

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Eras 0.13 to 0.17: unfused operators under their older names, as `natten.functional.X`.
 
-    natten{1,2}dqkrpb  0.14.1 (query, key, rpb, dilation)       0.14.5 (query, key, rpb, kernel_size, dilation)
-    natten{1,2}dav     0.14.1 (attn, value, dilation)           0.14.6 (attn, value, kernel_size, dilation)
-    natten{1,2}dqk                                              0.14.6 (query, key, kernel_size, dilation)
-    natten3d*, na3d_qk_with_bias                                0.15 (..., kernel_size_d, kernel_size, dilation_d, dilation)
+    natten{1,2}dqkrpb  0.14.1 (query, key, rpb, dilation)   0.14.5 (query, key, rpb, kernel_size, dilation)
+    natten{1,2}dav     0.14.1 (attn, value, dilation)       0.14.6 (attn, value, kernel_size, dilation)
+    natten{1,2}dqk                                          0.14.6 (query, key, kernel_size, dilation)
+    natten3d*, na3d_qk_with_bias                            0.15 (..., kernel_size_d, kernel_size, dilation_d, dilation)
 
 A form without kernel_size takes it from the table (2 * kernel_size - 1 entries) or from the slots of `attn`. Tensors
 have their heads before the grid, nothing is scaled, and there are no additional keys.
@@ -13,7 +13,6 @@ have their heads before the grid, nothing is scaled, and there are no additional
 from . import functional as _functional
 from . import unfused as _unfused
 from .unfused import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
-
 
 __all__ = [
     "FusedNeighborhoodAttention1D",
