@@ -63,7 +63,7 @@ _TOP_LEVEL = {
 }
 _HOME = {name: module for module, names in _TOP_LEVEL.items() for name in names}
 # Modules that the original imported by itself: `import natten; natten.X.y` found them.
-_SUBMODULES = ("autotuner", "backends", "flops", "libnatten", "nested", "ops", "token_permute", "types", "utils")
+_SUBMODULES = ("backends", "flops", "libnatten", "nested", "ops", "token_permute", "types", "utils")
 
 
 def finder(module: str, home: str):

@@ -23,7 +23,8 @@ class NattenOp(torch.autograd.Function):
 
 def call(op, *arguments):
     """`op(*arguments)`, also while a graph is traced, where sizes are tensors."""
-    return NattenOp.apply(op, *(_plain(x) for x in arguments))
+    with torch.no_grad():  # NOTE: what requires a gradient cannot leave an op of which nothing was recorded
+        return NattenOp.apply(op, *(_plain(x) for x in arguments))
 
 
 def _plain(x):

@@ -20,6 +20,7 @@ from ._ops import with_unit_last_stride
 from ._varlen import attend_nothing, attend_samples, sample_bounds
 from .merge import merge_attentions
 from .unfused import attend, na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
+from .varlen import na1d_varlen, na2d_varlen, na3d_varlen
 
 __all__ = [
     "attention",
@@ -27,12 +28,15 @@ __all__ = [
     "na1d",
     "na1d_av",
     "na1d_qk",
+    "na1d_varlen",
     "na2d",
     "na2d_av",
     "na2d_qk",
+    "na2d_varlen",
     "na3d",
     "na3d_av",
     "na3d_qk",
+    "na3d_varlen",
     "neighborhood_attention_generic",
 ]
 _LAYOUT_CHECKED = ("na1d", "na2d", "na3d")  # not what the modules call: their layout is certain

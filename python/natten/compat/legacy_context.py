@@ -13,6 +13,7 @@ import torch
 from . import _library
 from ._arguments import flag
 from .context import AutotunerContext, NattenContext, use_kv_parallelism_in_fused_na
+from .utils.log import get_logger
 
 __all__ = [
     "disable_autotuner",
@@ -52,6 +53,13 @@ __all__ = [
 ]
 
 
+_log = get_logger("natten.context")
+
+
+def _accepted(switch: str, value) -> None:
+    _log.debug("%s(%s): accepted, and changes no result here", switch, value)
+
+
 def _switched_on(feature: str) -> bool:
     """Whether a feature that is not deterministic may be switched on; RuntimeError under natten's own mode."""
     if NattenContext.deterministic:
@@ -75,6 +83,7 @@ def use_fused_na(
     flag("use_flex_attention", use_flex_attention), flag("force_flex_attention", force_flex_attention)
     flag("kv_parallel", kv_parallel)
     NattenContext.fused = flag("mode", mode)
+    _accepted("use_fused_na", mode)
     if mode:
         use_kv_parallelism_in_fused_na(kv_parallel)
 
@@ -98,15 +107,18 @@ force_flex_attention = use_flex_attention
 
 def use_tiled_na(mode: bool = True) -> None:
     NattenContext.tiled = flag("mode", mode)
+    _accepted("use_tiled_na", mode)
 
 
 def use_gemm_na(mode: bool = True) -> None:
     NattenContext.gemm = flag("mode", mode)
+    _accepted("use_gemm_na", mode)
 
 
 def use_tf32_in_gemm_na(mode: bool = True) -> None:
     """Accepted: float32 is computed in float32 here."""
     NattenContext.tf32_in_gemm = flag("mode", mode)
+    _accepted("use_tf32_in_gemm_na", mode)
 
 
 def is_tiled_na_enabled() -> bool:
