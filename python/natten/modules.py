@@ -114,6 +114,13 @@ class _NeighborhoodAttention(nn.Module):
             )
         return [2 * window - 1 for window in self.kernel_size]
 
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        # Checkpoints with a bias exist for code that does not ask for one: it was the default of natten 0.14.
+        table = state_dict.get(prefix + "rpb")
+        if self.rpb is None and table is not None and -1 not in self.kernel_size:
+            self.rpb = nn.Parameter(torch.zeros(self.num_heads, *self._bias_sizes()).to(self.qkv.weight))
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, *grid, embed_dim] -> the same shape."""
         if x.dim() != self.rank + 2:

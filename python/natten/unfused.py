@@ -181,19 +181,16 @@ def na3d_av(
 
 def _order_of_015(name, third, fourth, fifth, sixth, kernel_size_d, dilation_d):
     """(kernel_size, dilation) per axis of a call in natten 0.15's order, positional or by its keywords."""
+    kernel_size, dilation, complete = third, fourth, True
     if type(fifth) is int:
-        if kernel_size_d is not None or dilation_d is not None or type(sixth) is not int:
-            raise TypeError(
-                f"{name}() in the order of natten 0.15 takes kernel_size_d, kernel_size, dilation_d, dilation"
-            )
+        complete = kernel_size_d is None and dilation_d is None
         kernel_size_d, kernel_size, dilation_d, dilation = third, fourth, fifth, sixth
-    else:
-        kernel_size, dilation = third, fourth
-    if type(kernel_size_d) is not int or type(kernel_size) is not int:
+    dilation_d = 1 if dilation_d is None else dilation_d
+    if not complete or any(type(size) is not int for size in (kernel_size_d, kernel_size, dilation_d, dilation)):
         raise TypeError(
-            f"{name}() with kernel_size_d or dilation_d needs both kernel_size_d and kernel_size, as integers"
+            f"{name}() in the order of natten 0.15 takes kernel_size_d, kernel_size, dilation_d and dilation, all integers"
         )
-    return [kernel_size_d, kernel_size, kernel_size], [1 if dilation_d is None else dilation_d, dilation, dilation]
+    return [kernel_size_d, kernel_size, kernel_size], [dilation_d, dilation, dilation]
 
 
 def attend(query, key, value, rpb, extra_k, extra_v, geometry, scale, oversize, plan, dropout_p=0.0):

@@ -149,13 +149,9 @@ def fna_flop_count(q_shape, k_shape, v_shape, kernel_size, dilation, is_causal, 
 
 def na_qk_flop_count(q_shape, k_shape, kernel_size, dilation, is_causal, is_heads_last, return_macs=False):
     """Of the logits alone."""
-    return _count(
-        "na_qk_flop_count", q_shape, q_shape[-1], kernel_size, dilation, is_causal, is_heads_last, return_macs
-    )
+    return _count(q_shape, q_shape[-1], (kernel_size, dilation, is_causal), is_heads_last, return_macs)
 
 
 def na_av_flop_count(a_shape, v_shape, kernel_size, dilation, is_causal, is_heads_last, return_macs=False):
     """Of the weighted sums alone."""
-    return _count(
-        "na_av_flop_count", v_shape, v_shape[-1], kernel_size, dilation, is_causal, is_heads_last, return_macs
-    )
+    return _count(v_shape, v_shape[-1], (kernel_size, dilation, is_causal), is_heads_last, return_macs)

@@ -11,4 +11,5 @@ from .functional import na1d
 from .legacy_modules import NeighborhoodAttention1DOf017
 
 na1d.NeighborhoodAttention1D = NeighborhoodAttention1DOf017
+na1d.__spec__ = __spec__  # what importlib asks of everything in sys.modules
 sys.modules[__name__] = na1d

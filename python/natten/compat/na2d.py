@@ -11,4 +11,5 @@ from .functional import na2d
 from .legacy_modules import NeighborhoodAttention2DOf017
 
 na2d.NeighborhoodAttention2D = NeighborhoodAttention2DOf017
+na2d.__spec__ = __spec__  # what importlib asks of everything in sys.modules
 sys.modules[__name__] = na2d

@@ -11,4 +11,5 @@ from .functional import na3d
 from .legacy_modules import NeighborhoodAttention3DOf017
 
 na3d.NeighborhoodAttention3D = NeighborhoodAttention3DOf017
+na3d.__spec__ = __spec__  # what importlib asks of everything in sys.modules
 sys.modules[__name__] = na3d

@@ -4,7 +4,6 @@
 from .. import _arguments as _args
 from .. import functional as _functional
 from .._tuning import plan_of as _plan_of
-from . import configs
 from .configs import *  # noqa: F403
 
 _ENGINES = ("blackwell", "hopper", "cutlass", "flex")  # in the order of preference

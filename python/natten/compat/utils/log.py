@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Eras 0.17 to 0.21: loggers. NATTEN_LOG_LEVEL is debug, info, warning (the default), error or critical; NATTEN_LOG_PIPE
-is stdout, stderr (the default), a file, or /dev/null. Nothing is logged while torch.compile traces.
+"""Eras 0.17 to 0.21: loggers. NATTEN_LOG_LEVEL is debug, info, warning (the default), error or critical;
+NATTEN_LOG_PIPE is stdout, stderr (the default), a file, or /dev/null. Nothing is logged while torch.compile traces.
 """
 
 import logging

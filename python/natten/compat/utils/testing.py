@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Eras 0.17 to 0.21: decorators for tests of unittest. They skip for hardware that is absent, and for nothing else; only
-the extended tests wait for NATTEN_RUN_EXTENDED_TESTS, as their name says.
+"""Eras 0.17 to 0.21: decorators for tests of unittest. They skip for hardware that is absent, for nothing else;
+only the extended tests wait for NATTEN_RUN_EXTENDED_TESTS, as their name says.
 """
 
 import functools
