@@ -188,7 +188,7 @@ def _order_of_015(name, third, fourth, fifth, sixth, kernel_size_d, dilation_d):
     dilation_d = 1 if dilation_d is None else dilation_d
     if not complete or any(type(size) is not int for size in (kernel_size_d, kernel_size, dilation_d, dilation)):
         raise TypeError(
-            f"{name}() in the order of natten 0.15 takes kernel_size_d, kernel_size, dilation_d and dilation, all integers"
+            f"{name}() in the order of natten 0.15 takes kernel_size_d, kernel_size, dilation_d and dilation as integers"
         )
     return [kernel_size_d, kernel_size, kernel_size], [dilation_d, dilation, dilation]
 

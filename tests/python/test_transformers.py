@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Hugging Face DiNAT with the installed transformers and random weights, after natten.integrations.transformers.patch."""
+"""Hugging Face DiNAT of the installed transformers, with random weights, after natten.integrations.transformers."""
 
 import math
 
