@@ -20,13 +20,14 @@ SOURCES := $(shell find CMakeLists.txt include src bindings python -type f -not 
 PIP := $(PY) -m pip --disable-pip-version-check
 say = @printf '\n==> %s\n' "$(1)"
 
-.PHONY: help demo test test-slow test-cpp test-python asan bench mutate abi symbols
+.PHONY: help demo test test-slow test-cpp test-python asan bench compat mutate abi symbols
 .PHONY: format format-check ruff lint budgets clean
 help:
 	@echo 'make demo       install what is missing, build, train a small network to segment photographs (demo.png)'
 	@echo 'make test       the same, then all tests except the slow ones'
 	@echo 'make test-slow  the tests that take minutes'
 	@echo 'make asan       C++ tests and a bounded fuzz under AddressSanitizer and UBSan'
+	@echo 'make compat     every name of older releases of the original: called and compared'
 	@echo 'make mutate     break the operator on purpose: the tests must notice'
 	@echo 'make abi        one built library under the oldest and the newest torch'
 	@echo 'make bench      CPU speed, beside other implementations: bench/results/cpu.json'
@@ -107,6 +108,9 @@ asan: | $(DONE)/system-test $(DONE)/venv
 bench: build/dev/.tests $(DONE)/natten $(DONE)/dependencies-test
 	$(call say,CPU benchmark)
 	$(PY) bench/cpu.py $(BENCH_ARGS)
+
+compat: $(DONE)/natten $(DONE)/dependencies-test
+	$(PY) -W ignore tools/compat_report.py
 
 mutate: build/dev/.tests $(DONE)/dependencies-test
 	bash tools/mutate.sh

@@ -85,6 +85,14 @@ def scale_or_default(scale, head_dim):
     raise WrongType(f"scale must be a number or None, got {_shown(scale)}")
 
 
+def probability(name: str, value) -> float:
+    if isinstance(value, bool | torch.Tensor | str) or not hasattr(value, "__float__"):
+        raise WrongType(f"{name} must be a number, got {_shown(value)}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} {value} must be at least 0 and at most 1")
+    return float(value)
+
+
 def flag(name: str, value) -> bool:
     if not isinstance(value, bool):
         raise WrongType(f"{name} must be a bool, got {_shown(value)}")
@@ -152,3 +160,17 @@ def same_sizes(function: str, names: tuple[str, str], x, y, axes: tuple[tuple[st
 
 def _shape(x: torch.Tensor) -> str:
     return f"[{', '.join(str(n) for n in x.shape)}]"
+
+
+def autocast(query, *others):
+    """Under torch.autocast all but float64 tensors in its dtype."""
+    # NOTE: here and not at an Autocast dispatch key: three public calls, and Dynamo traces them.
+    if not is_autocast(query):
+        return query, *others
+    dtype = torch.get_autocast_dtype(query.device.type)
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (query, *others))
+
+
+def is_autocast(query) -> bool:
+    kind = "cpu" if query.is_cpu else query.device.type  # the latter makes a string, 0.3 us
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # which it refuses to answer for meta

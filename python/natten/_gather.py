@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Windows by plain torch ops: gathers the keys of every query, so that anything may be composed of them.
 
-Serves what the engines do not do: second derivatives and tangents (_second_order.py), dropout (_unfused.py) and the
-export to ONNX. Memory is O(queries * keys of a window * head_dim). The windows come from the op `key_spans`, that is
-from neighborhood.h.
+Serves what the engines do not do: second derivatives and tangents (_second_order.py), pictures (viz.py) and the export
+to ONNX. Memory is O(queries * keys of a window * head_dim). The windows come from the op `key_spans`, that is from
+neighborhood.h.
 
 NOTE: products, sums, reshape and narrow: gradcheck's batched checks use the old vmap, which lacks einsum, flatten and
 slices that keep everything.

@@ -85,7 +85,7 @@ def _geometry_of(shape, kernel_size, stride, dilation, is_causal, scale, oversiz
     strict, padding = oversize == "error", ()
     if strict and any(whole):  # the core is not told which axes fit whatever their length
         strict = False
-        _refuse_oversize(extents, window, dilation, whole)
+        refuse_oversize(extents, window, dilation, whole)
     if oversize == "pad":
         padding = _padding(extents, window, dilation, whole)
     scale = args.scale_or_default(scale, shape[-1])
@@ -103,7 +103,8 @@ def _window(axis: str, size, extent, dilation, oversize: str):
     return size
 
 
-def _refuse_oversize(extents, window, dilation, whole) -> None:
+def refuse_oversize(extents, window, dilation, whole) -> None:
+    """What the core does for oversize="error", where some axes (-1: `whole`) fit whatever their length."""
     for axis, n, w, d, fits in zip(args.AXES[len(extents)], extents, window, dilation, whole, strict=True):
         if not fits and w * d > n:
             raise ValueError(

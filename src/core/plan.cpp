@@ -34,6 +34,27 @@ std::string known_names() {
   return names;
 }
 
+const char* other_device(DeviceKind device) {
+  return device == DeviceKind::cpu ? "it needs CUDA tensors" : "it needs CPU tensors";
+}
+
+Plan choose(const PlanList& list, std::string_view wanted) {
+  if (wanted.empty() && !list.plans.empty()) return list.plans.front();
+  for (const Plan& plan : list.plans)
+    if (matches(to_string(plan), wanted)) return plan;
+  if (!wanted.empty() && !is_known(wanted, list))
+    throw Error(ErrorKind::invalid_argument,
+                "there is no plan '" + std::string(wanted) + "' for this problem; engines: " + known_names());
+  std::string message =
+      wanted.empty() ? "no engine can run this problem" : "plan '" + std::string(wanted) + "' cannot run this problem";
+  const char* separator = ": ";
+  for (const Rejection& rejection : list.rejections) {
+    message += separator + std::string(rejection.name) + ": " + rejection.reason;
+    separator = "; ";
+  }
+  throw Error(wanted.empty() ? ErrorKind::unsupported : ErrorKind::invalid_argument, message);
+}
+
 }  // namespace
 
 std::string to_string(const Plan& plan) {
@@ -50,8 +71,7 @@ PlanList list_plans(const Problem& problem, Pass pass, DeviceKind device) {
     if (backend->device == device)
       backend->list_plans(problem, pass, list);
     else
-      list.rejections.push_back(
-          {backend->name, device == DeviceKind::cpu ? "it needs CUDA tensors" : "it needs CPU tensors"});
+      list.rejections.push_back({backend->name, other_device(device)});
   }
   return list;
 }
@@ -61,24 +81,27 @@ Plan choose_plan(const Problem& problem, Pass pass, DeviceKind device, std::stri
     for (const Backend* backend : kBackends) {
       if (backend->device != device) continue;
       PlanList list;
-      list.plans.reserve(8);
       backend->list_plans(problem, pass, list);
       if (!list.plans.empty()) return list.plans.front();
     }
-  const PlanList list = list_plans(problem, pass, device);
-  for (const Plan& plan : list.plans)
-    if (matches(to_string(plan), wanted)) return plan;
-  if (!wanted.empty() && !is_known(wanted, list))
-    throw Error(ErrorKind::invalid_argument,
-                "there is no plan '" + std::string(wanted) + "' for this problem; engines: " + known_names());
-  std::string message =
-      wanted.empty() ? "no engine can run this problem" : "plan '" + std::string(wanted) + "' cannot run this problem";
-  const char* separator = ": ";
-  for (const Rejection& rejection : list.rejections) {
-    message += separator + std::string(rejection.name) + ": " + rejection.reason;
-    separator = "; ";
+  return choose(list_plans(problem, pass, device), wanted);
+}
+
+PlanList list_unfused_plans(const Problem& problem, DeviceKind device) {
+  PlanList list;
+  for (const Backend* backend : kBackends) {
+    if (backend->device != device)
+      list.rejections.push_back({backend->name, other_device(device)});
+    else if (backend->unfused)
+      backend->unfused->list_plans(problem, list);
+    else
+      list.rejections.push_back({backend->name, "it has no unfused operators"});
   }
-  throw Error(wanted.empty() ? ErrorKind::unsupported : ErrorKind::invalid_argument, message);
+  return list;
+}
+
+Plan choose_unfused_plan(const Problem& problem, DeviceKind device, std::string_view wanted) {
+  return choose(list_unfused_plans(problem, device), wanted);
 }
 
 }  // namespace natten

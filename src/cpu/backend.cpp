@@ -8,6 +8,9 @@
 #include "natten/error.h"
 
 namespace natten::cpu {
+
+extern const UnfusedKernels kUnfused;  // unfused.cpp
+
 namespace {
 
 // One name for each family and instruction set; plans refer to them by address.
@@ -72,6 +75,6 @@ void backward(const Problem& p, const BackwardArgs& args, const Plan& plan, cons
 
 }  // namespace
 
-const Backend kBackend{"cpu", DeviceKind::cpu, list_plans, workspace_bytes, forward, backward};
+const Backend kBackend{"cpu", DeviceKind::cpu, list_plans, workspace_bytes, forward, backward, &kUnfused};
 
 }  // namespace natten::cpu

@@ -1,9 +1,16 @@
 // SPDX-License-Identifier: MIT
 // The entry points that each instruction set offers to backend.cpp: one table, one instance per instruction set.
 #pragma once
-#include "natten/attention.h"
+#include "core/backend.h"
 
 namespace natten::cpu {
+
+/// The products of unfused attention.
+struct UnfusedProducts {
+  size_t (*workspace)(const Problem&, int num_threads);
+  using Run = void (*)(const Problem&, const Product&, const Executor&, void* workspace);
+  Run scores, weigh_keys, weigh_queries, sum_bias;
+};
 
 struct Kernels {
   Int3 (*sliding_q_tile)(const Problem&, Pass);
@@ -13,6 +20,7 @@ struct Kernels {
   size_t (*loops_workspace)(const Problem&, Pass, int num_threads);
   void (*loops_forward)(const Problem&, const ForwardArgs&, const Executor&, void* workspace);
   void (*loops_backward)(const Problem&, const BackwardArgs&, const Executor&, void* workspace);
+  UnfusedProducts unfused_loops;
 };
 
 }  // namespace natten::cpu
