@@ -180,10 +180,9 @@ Tensor key_spans(int64_t extent, int64_t window, int64_t stride, int64_t dilatio
     const Tensor table = torch::stable::empty_cpu({extent, 2}, ScalarType::Long);
     int64_t* row = static_cast<int64_t*>(table.data_ptr());
     for (int64_t token = 0; token < extent; ++token, row += 2) {
-      const int r = int(token % dilation);
-      const natten::Span keys = natten::key_span(natten::group_axis(p.axes[2], r), int(token / dilation));
-      row[0] = r + dilation * keys.begin;
-      row[1] = keys.size();
+      const natten::TokenKeys keys = natten::token_keys(p.axes[2], int(token));
+      row[0] = keys.first;
+      row[1] = keys.count;
     }
     return table;
   });

@@ -86,13 +86,26 @@ inline int narrow(int64_t value, const char* name) {
   return int(value);
 }
 
-// Everything that decides how a call is run, in the order of the schemas.
+// Everything that decides how a call is run, in the order of the schemas. An empty list stands for ones (causal:
+// falses), because torch takes a quarter of a microsecond to hand over each entry.
 struct Parameters {
   Ints window, stride, dilation;
   std::vector<bool> causal;
   double scale;
   bool oversize;
   std::string plan;
+  Parameters(Ints w, Ints s, Ints d, std::vector<bool> c, double scale, bool oversize, std::string plan)
+      : window(std::move(w)),
+        stride(std::move(s)),
+        dilation(std::move(d)),
+        causal(std::move(c)),
+        scale(scale),
+        oversize(oversize),
+        plan(std::move(plan)) {
+    if (stride.empty()) stride.assign(window.size(), 1);
+    if (dilation.empty()) dilation.assign(window.size(), 1);
+    if (causal.empty()) causal.assign(window.size(), false);
+  }
   int64_t rank() const { return int64_t(window.size()); }
 
   void check_ranks() const {

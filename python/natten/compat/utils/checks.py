@@ -2,6 +2,7 @@
 """Era 0.20: checks of arguments: each returns its argument as a tuple, one entry per axis, or raises ValueError."""
 
 from .. import _arguments as _args
+from .._geometry import _refuse_oversize
 from ..types import KernelSchedule
 
 _SCHEDULES = {
@@ -55,7 +56,7 @@ def check_args_against_input(input_tensor, kernel_size, stride, dilation, is_cau
     them."""
     grid = input_tensor.shape[1:-2]
     window, _, dilation, _ = check_all_args(len(grid), kernel_size, stride, dilation, is_causal)
-    _args.refuse_oversize(grid, window, dilation, [False] * len(grid))
+    _refuse_oversize(grid, window, dilation, [False] * len(grid))
 
 
 def check_tile_shape(tile_shape, na_dim=None):
