@@ -13,8 +13,9 @@ import math
 
 import torch
 
+from . import _tracing
 from ._batching import fold_rule
-from ._library import HAS_LIBNATTEN, NA_AV, NA_AV_BWD, NA_QK, NA_QK_BWD, NAMESPACE
+from ._library import HAS_LIBNATTEN, NA_AV, NA_AV_BWD, NA_QK, NA_QK_BWD, NAMESPACE, refuse
 from ._registration import register
 
 
@@ -48,10 +49,10 @@ def _scores_along(keys, directions, options):
     tq, tk, t_bias, t_extra = directions
     *geometry, scale, oversize, plan = options
     rest = (*geometry, scale, 0.0, oversize, plan)
-    along_q = None if tq is None else NA_QK(_dense(tq), k, None, extra, *rest)
+    along_q = None if tq is None else na_qk(_dense(tq), k, None, extra, *rest)
     if tk is None and t_bias is None and t_extra is None:
         return along_q
-    along_k = NA_QK(q, _dense(_or_zeros(tk, k)), t_bias, _dense(_or_zeros(t_extra, extra)), *rest)
+    along_k = na_qk(q, _dense(_or_zeros(tk, k)), t_bias, _dense(_or_zeros(t_extra, extra)), *rest)
     return _add(along_q, along_k)
 
 
@@ -68,7 +69,7 @@ class Qk:
         if dattn is None:
             return (None,) * 12
         x = ctx.saved_tensors
-        gradients = NA_QK_BWD(_dense(dattn), *x, *ctx.options)
+        gradients = na_qk_bwd(_dense(dattn), *x, *ctx.options)
         return *_present(gradients, x), *(None,) * 8
 
     @staticmethod
@@ -96,7 +97,7 @@ class QkBackward:
         dattn, *x = ctx.saved_tensors
         sums = QkBackward._along(ctx, tangents[:4])
         if t_dattn is not None:
-            sums = tuple(map(_add, _present(NA_QK_BWD(_dense(t_dattn), *x, *ctx.options), x), sums))
+            sums = tuple(map(_add, _present(na_qk_bwd(_dense(t_dattn), *x, *ctx.options), x), sums))
         return tuple(dattn.new_zeros(0 if y is None else y.shape) if g is None else g for y, g in zip(x, sums))
 
     @staticmethod
@@ -106,7 +107,7 @@ class QkBackward:
         if t[0] is None and t[1] is None and t[3] is None:
             return None, None, None, None
         directions = [_dense(_or_zeros(y, like)) for y, like in ((t[0], q), (t[1], k), (t[3], extra))]
-        gq, gk, _, g_extra = NA_QK_BWD(dattn, *directions[:2], None, directions[2], *ctx.options)
+        gq, gk, _, g_extra = na_qk_bwd(dattn, *directions[:2], None, directions[2], *ctx.options)
         return gq, gk, None, None if extra is None else g_extra
 
 
@@ -122,7 +123,7 @@ class Av:
         if dout is None:
             return (None,) * 9
         x = ctx.saved_tensors
-        return *_present(NA_AV_BWD(_dense(dout), *x, *ctx.options), x), *(None,) * 6
+        return *_present(na_av_bwd(_dense(dout), *x, *ctx.options), x), *(None,) * 6
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -133,10 +134,10 @@ def _values_along(x, directions, options):
     """The derivative of av(attn, v, extra_v) along `directions`."""
     attn, v, extra = x
     t_attn, tv, t_extra = directions
-    along_attn = None if t_attn is None else NA_AV(_dense(t_attn), v, extra, *options)
+    along_attn = None if t_attn is None else na_av(_dense(t_attn), v, extra, *options)
     if tv is None and t_extra is None:
         return along_attn
-    return _add(along_attn, NA_AV(attn, _dense(_or_zeros(tv, v)), _dense(_or_zeros(t_extra, extra)), *options))
+    return _add(along_attn, na_av(attn, _dense(_or_zeros(tv, v)), _dense(_or_zeros(t_extra, extra)), *options))
 
 
 class AvBackward:
@@ -157,7 +158,7 @@ class AvBackward:
         _, *x = ctx.saved_tensors
         sums = AvBackward._along(ctx, tangents[:3])
         if t_dout is not None:
-            sums = tuple(map(_add, _present(NA_AV_BWD(_dense(t_dout), *x, *ctx.options), x), sums))
+            sums = tuple(map(_add, _present(na_av_bwd(_dense(t_dout), *x, *ctx.options), x), sums))
         return tuple(x[0].new_zeros(0 if y is None else y.shape) if g is None else g for y, g in zip(x, sums))
 
     @staticmethod
@@ -167,7 +168,7 @@ class AvBackward:
         if all(y is None for y in t):
             return None, None, None
         directions = [_dense(_or_zeros(y, like)) for y, like in zip(t, x)]
-        return _present(NA_AV_BWD(dout, *directions, *ctx.options), x)
+        return _present(na_av_bwd(dout, *directions, *ctx.options), x)
 
 
 def _fake_qk(q, k, bias, extra_k, window, *options):
@@ -187,14 +188,22 @@ def _fake_av_bwd(dout, *x_and_options):
     return tuple(dout.new_empty(0 if x is None else x.shape) for x in x_and_options[:3])
 
 
+def _registered(op, fake, rules, bias, head_axes, out_head_axes):
+    torch.library.register_fake(op)(fake)
+    rules.vmap = staticmethod(fold_rule(op, bias, head_axes, out_head_axes))
+    call = register(_registrations, op, rules)
+
+    def run(*arguments):
+        return _tracing.call(op, *arguments) if torch.jit.is_tracing() else call(*arguments)
+
+    return run
+
+
 if HAS_LIBNATTEN:
     _registrations = torch.library.Library(NAMESPACE, "IMPL")  # NOTE: they die with this object
-    for _op, _fake, _rules, _bias, _inputs, _outputs in (
-        (NA_QK, _fake_qk, Qk, 2, (1, 1, 0, 1), (1,)),
-        (NA_QK_BWD, _fake_qk_bwd, QkBackward, 3, (1, 1, 1, 0, 1), (1, 1, 0, 1)),
-        (NA_AV, _fake_av, Av, None, (1, 1, 1), (1,)),
-        (NA_AV_BWD, _fake_av_bwd, AvBackward, None, (1, 1, 1, 1), (1, 1, 1)),
-    ):
-        torch.library.register_fake(_op)(_fake)
-        _rules.vmap = staticmethod(fold_rule(_op, _bias, _inputs, _outputs))
-        register(_registrations, _op, _rules)
+    na_qk = _registered(NA_QK, _fake_qk, Qk, 2, (1, 1, 0, 1), (1,))
+    na_qk_bwd = _registered(NA_QK_BWD, _fake_qk_bwd, QkBackward, 3, (1, 1, 1, 0, 1), (1, 1, 0, 1))
+    na_av = _registered(NA_AV, _fake_av, Av, None, (1, 1, 1), (1,))
+    na_av_bwd = _registered(NA_AV_BWD, _fake_av_bwd, AvBackward, None, (1, 1, 1, 1), (1, 1, 1))
+else:
+    na_qk = na_qk_bwd = na_av = na_av_bwd = refuse

@@ -13,11 +13,11 @@ import math
 import torch
 
 from . import _arguments as args
-from . import _tracing, context
+from . import context
 from ._errors import translated
 from ._geometry import geometry_of, in_full
-from ._library import KEY_SPANS, NA_AV, NA_QK
-from ._unfused_ops import _dense
+from ._library import KEY_SPANS
+from ._unfused_ops import _dense, na_av, na_qk
 
 __all__ = ["indices", "na1d_av", "na1d_qk", "na2d_av", "na2d_qk", "na3d_av", "na3d_qk"]
 
@@ -42,9 +42,9 @@ def _qk(
         )
         rpb = _dense(rpb.to(query.dtype))
         args.tensors_agree(name, ("query", query), ("rpb", rpb))
-    geometry, may_be_oversize = _geometry(query.shape[2:-1], kernel_size, 1, dilation, is_causal, oversize)
+    geometry = _geometry(query.shape[2:-1], kernel_size, dilation, is_causal, oversize)
     tensors = _dense(query), _dense(key), rpb, _dense(extra)
-    return _run(NA_QK, query, *tensors, *geometry, 1.0, -math.inf, may_be_oversize, "")
+    return _run(na_qk, *tensors, *geometry.axes, 1.0, -math.inf, geometry.may_be_oversize, "")
 
 
 def _av(name, rank, attn, value, kernel_size, dilation=1, additional_values=None, is_causal=False, oversize=None):
@@ -59,33 +59,32 @@ def _av(name, rank, attn, value, kernel_size, dilation=1, additional_values=None
     value, extra = args.autocast(value, additional_values)
     attn = attn.to(value.dtype)  # a softmax in float32 is welcome, whatever the values are
     args.tensors_agree(name, ("value", value), ("attn", attn), ("additional_values", extra))
-    geometry, may_be_oversize = _geometry(value.shape[2:-1], kernel_size, 1, dilation, is_causal, oversize)
+    geometry = _geometry(value.shape[2:-1], kernel_size, dilation, is_causal, oversize)
     num_extra = 0 if extra is None else extra.shape[2]
-    slots = math.prod(geometry[0]) + num_extra
+    slots = math.prod(geometry.window) + num_extra
     if attn.shape[-1] != slots:
         raise ValueError(
-            f"{name} expects attn with {slots} slots (kernel_size {geometry[0]} and {num_extra} additional values), "
-            f"got {attn.shape[-1]}"
+            f"{name} expects attn with {slots} slots, for kernel_size {geometry.window} and {num_extra} additional "
+            f"values, got {attn.shape[-1]}"
         )
-    return _run(NA_AV, value, _dense(attn), _dense(value), _dense(extra), *geometry, may_be_oversize, "")
+    tensors = _dense(attn), _dense(value), _dense(extra)
+    return _run(na_av, *tensors, *geometry.axes, geometry.may_be_oversize, "")
 
 
-def _geometry(extents, kernel_size, stride, dilation, is_causal, oversize):
-    """((window, stride, dilation, causal), whether the core may cut windows that are too large)."""
-    mode = context.resolve_oversize(oversize)  # NOTE: "pad" is for layers: here there is nothing to pad, so it clamps
-    if mode == "pad" and oversize is not None:
-        raise ValueError("oversize='pad' is for layers and fused operators: pad query, key and value yourself")
-    shape = 1, *extents, 1, 1
-    mode = "clamp" if mode == "pad" else mode
-    geometry = geometry_of(shape, kernel_size, stride, dilation, is_causal, oversize=mode)
-    return in_full(*geometry.axes), geometry.may_be_oversize
+def _geometry(extents, kernel_size, dilation, is_causal, oversize):
+    mode = context.resolve_oversize(oversize)
+    if mode == "pad":
+        if oversize is not None:
+            raise ValueError("oversize='pad' is for layers and fused operators: pad query, key and value yourself")
+        mode = "clamp"  # NOTE: what the process asked of layers
+    return geometry_of((1, *extents, 1, 1), kernel_size, 1, dilation, is_causal, oversize=mode)
 
 
-def _run(op, like, *arguments):
+def _run(op, *arguments):
     try:
-        return _tracing.call(op, *arguments) if torch.jit.is_tracing() else op(*arguments)
+        return op(*arguments)
     except (RuntimeError, ValueError) as error:
-        raise translated(error, like.device.type) from None
+        raise translated(error, arguments[0].device.type) from None
 
 
 def na1d_qk(query, key, kernel_size, dilation=1, additional_keys=None, is_causal=False, rpb=None, *, oversize=None):
@@ -186,7 +185,7 @@ def _order_of_015(name, third, fourth, fifth, sixth, kernel_size_d, dilation_d):
     dilation_d = 1 if dilation_d is None else dilation_d
     if not complete or any(type(size) is not int for size in (kernel_size_d, kernel_size, dilation_d, dilation)):
         raise TypeError(
-            f"{name}() in the order of natten 0.15 takes kernel_size_d, kernel_size, dilation_d, dilation as integers"
+            f"{name}() in the order of natten 0.15 takes kernel_size_d, kernel_size, dilation_d, dilation: integers"
         )
     return [kernel_size_d, kernel_size, kernel_size], [dilation_d, dilation, dilation]
 
@@ -197,11 +196,11 @@ def attend(query, key, value, rpb, extra_k, extra_v, geometry, scale, oversize, 
     q, k, v = (x.movedim(-2, 1) for x in (query, key, value))
     extra_k, extra_v = (None if x is None else x.transpose(1, 2) for x in (extra_k, extra_v))
     plan = plan.split("/")[0]  # its engine; kernels and tiles have other names here
-    logits = NA_QK(q, k, rpb, extra_k, *geometry, scale, -math.inf, oversize, plan)
+    logits = na_qk(q, k, rpb, extra_k, *geometry, scale, -math.inf, oversize, plan)
     kept = torch.float64 if query.dtype == torch.float64 else torch.float32
     lse = logits.to(kept).logsumexp(-1)
     weights = torch.nn.functional.dropout(logits.softmax(-1), dropout_p)
-    out = NA_AV(weights, v, extra_v, *geometry, oversize, plan)
+    out = na_av(weights, v, extra_v, *geometry, oversize, plan)
     return out.movedim(1, -2), lse.movedim(1, -1), weights
 
 
@@ -217,7 +216,7 @@ def indices(grid, kernel_size, *, stride=1, dilation=1, is_causal=False):
     rank = len(grid)
     if rank not in args.AXES:
         raise ValueError(f"the grid must have 1 to 3 axes, got {rank}")
-    (window, *parameters), _ = _geometry(grid, kernel_size, stride, dilation, is_causal, "clamp")
+    window, *parameters = in_full(*geometry_of((1, *grid, 1, 1), kernel_size, stride, dilation, is_causal).axes)
     used, keys = torch.ones((), dtype=torch.bool), []
     for axis, (n, *axis_parameters) in enumerate(zip(grid, window, *parameters)):
         shape = [1] * 2 * rank

@@ -22,6 +22,8 @@ constexpr int64_t kMostSlots = 1 << 16;
 // Elements of packed keys and values that a thread may hold.
 constexpr double kMostRing = 1 << 27;
 
+}  // namespace
+
 const char* why_not_sliding(const Problem& p) {
   if (p.batch == 0 || p.tokens() == 0) return "there are no queries";
   if (!p.has_window()) return "kernel_size 0 has no windows to slide";
@@ -35,6 +37,8 @@ const char* why_not_sliding(const Problem& p) {
     return "the key rows of a window would take gigabytes";
   return nullptr;
 }
+
+namespace {
 
 void list_plans(const Problem& p, Pass pass, PlanList& list) {
   const char* reason = why_not_sliding(p);

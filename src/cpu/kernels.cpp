@@ -30,6 +30,8 @@ const Kernels kKernels{sliding_q_tile,
                        loops_workspace,
                        loops_forward,
                        loops_backward,
+                       {unfused_sliding_workspace, unfused_sliding_scores, unfused_sliding_weigh_keys,
+                        unfused_loops_weigh_queries, unfused_loops_sum_bias},
                        {unfused_loops_workspace, unfused_loops_scores, unfused_loops_weigh_keys,
                         unfused_loops_weigh_queries, unfused_loops_sum_bias}};
 

@@ -12,6 +12,9 @@ struct UnfusedProducts {
   Run scores, weigh_keys, weigh_queries, sum_bias;
 };
 
+/// Null if the sliding kernels can run the problem.
+const char* why_not_sliding(const Problem& p);
+
 struct Kernels {
   Int3 (*sliding_q_tile)(const Problem&, Pass);
   size_t (*sliding_workspace)(const Problem&, Pass, int num_threads);
@@ -20,7 +23,7 @@ struct Kernels {
   size_t (*loops_workspace)(const Problem&, Pass, int num_threads);
   void (*loops_forward)(const Problem&, const ForwardArgs&, const Executor&, void* workspace);
   void (*loops_backward)(const Problem&, const BackwardArgs&, const Executor&, void* workspace);
-  UnfusedProducts unfused_loops;
+  UnfusedProducts unfused_sliding, unfused_loops;
 };
 
 }  // namespace natten::cpu

@@ -8,15 +8,23 @@
 namespace natten::cpu {
 namespace {
 
+constexpr std::string_view kSliding[] = {"sliding-avx512", "sliding-avx2", "sliding-portable"};
 constexpr std::string_view kLoops[] = {"loops-avx512", "loops-avx2", "loops-portable"};
 
-void list_plans(const Problem&, PlanList& list) {
+void list_plans(const Problem& p, PlanList& list) {
+  const char* reason = why_not_sliding(p);
+  if (reason) list.rejections.push_back({"cpu/sliding", reason});
+  for (Isa isa : isas())
+    if (!reason) list.plans.push_back({kBackend.name, kSliding[int(isa)], {}});
   for (Isa isa : isas()) list.plans.push_back({kBackend.name, kLoops[int(isa)], {}});
 }
 
 const UnfusedProducts& products_of(const Plan& plan) {
   for (Isa isa : isas())
-    if (plan.variant == kLoops[int(isa)]) return kernels(isa).unfused_loops;
+    if (plan.variant == kSliding[int(isa)])
+      return kernels(isa).unfused_sliding;
+    else if (plan.variant == kLoops[int(isa)])
+      return kernels(isa).unfused_loops;
   throw Error(ErrorKind::invalid_argument, "the CPU engine has no kernel '" + std::string(plan.variant) + "' here");
 }
 

@@ -27,6 +27,11 @@ PROBLEMS = [
     ((4, 3), 9, 1, True, 1, True),  # windows cut on both axes
     ((3, 4, 5), (1, 3, 2), (1, 1, 2), (False, True, False), 2, True),
     ((2, 2, 9), (3, 3, 3), 1, False, 0, True),
+    ((41,), 7, 1, False, 0, True),  # several blocks of lanes
+    ((70,), 6, 2, True, 0, False),
+    ((4, 37), (3, 20), 1, (False, True), 0, True),
+    ((5, 90), (4, 33), (1, 2), (True, False), 0, False),
+    ((3, 3, 35), (2, 3, 40), 1, False, 0, True),
 ]
 IDS = [str(problem).replace(" ", "") for problem in PROBLEMS]
 
@@ -116,7 +121,7 @@ def test_every_plan_agrees(problem):
     dattn, dout = torch.randn_like(t["attn"]), torch.randn(*t["q"].shape[:-1], 5)
     a = t["attn"], t["v"], t["extra_v"]
     results = {}
-    for plan in ("reference", *isas()):
+    for plan in plans_of(problem):
         results[plan] = [
             qk(*x, *geometry, 0.5, *rest, plan),
             *qk_bwd(dattn, *x, *geometry, 0.5, True, plan),
@@ -128,10 +133,13 @@ def test_every_plan_agrees(problem):
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, msg=plan)
 
 
-def isas():
-    q = torch.empty(1, 9, 1, 8)
-    plans = natten.list_plans(q, q, q, 3)
-    return list(dict.fromkeys(p.split("/")[0] + "/" + p.split("/")[1] for p in plans if p.startswith("cpu/loops")))
+def plans_of(problem):
+    """Engine and kernel; the unfused operators have those of the fused one."""
+    grid, window, dilation, causal, extra, _ = problem
+    q = torch.empty(1, *grid, 1, 8)
+    extra = torch.empty(1, extra, 1, 8) if extra else None
+    plans = natten.list_plans(q, q, q, window, dilation=dilation, is_causal=causal, additional_keys=extra)
+    return list(dict.fromkeys("/".join(plan.split("/")[:2]) for plan in plans))
 
 
 @pytest.mark.parametrize("problem", [p for p in PROBLEMS if math.prod(p[0]) <= 24], ids=str)
