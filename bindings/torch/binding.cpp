@@ -5,13 +5,13 @@
 // exceptions.
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "device.h"
 #include "natten/attention.h"
 #include "natten/error.h"
 #include "torch_stable.h"
@@ -28,6 +28,8 @@ namespace {
 using natten::Error;
 using natten::ErrorKind;
 using natten::TensorView;
+using natten::binding::DeviceScope;
+using natten::binding::with_unit_last_stride;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Ints = std::vector<int64_t>;
@@ -62,27 +64,6 @@ std::string shape_of(const Tensor& t) {
 
 Tensor empty(const Tensor& like, const Ints& sizes, std::optional<ScalarType> dtype = std::nullopt) {
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
-}
-
-// Copies by element, for the rare tensor whose last stride is not 1 (the gradient of a sum, a permuted head_dim).
-Tensor with_unit_last_stride(const Tensor& t) {
-  const int64_t rank = t.dim();
-  const auto strides = t.strides();
-  if (rank == 0 || strides[rank - 1] == 1 || t.size(rank - 1) <= 1) return t;
-  Ints sizes(rank), index(rank, 0);
-  int64_t count = 1;
-  for (int64_t d = 0; d < rank; ++d) count *= sizes[d] = t.size(d);
-  Tensor copy = empty(t, sizes);
-  const size_t bytes = size_of(dtype_of(t));
-  const char* from = static_cast<const char*>(t.data_ptr());
-  char* to = static_cast<char*>(copy.data_ptr());
-  for (int64_t i = 0; i < count; ++i, to += bytes) {
-    int64_t at = 0;
-    for (int64_t d = 0; d < rank; ++d) at += index[d] * strides[d];
-    std::memcpy(to, from + at * bytes, bytes);
-    for (int64_t d = rank - 1; d >= 0 && ++index[d] == sizes[d]; --d) index[d] = 0;
-  }
-  return copy;
 }
 
 // Everything that decides how a call is run, in the order of the schemas.
@@ -129,9 +110,12 @@ struct Inputs {
   Tensor q, k, v;
   OptionalTensor bias, extra_k, extra_v;
 
-  void check_alike(const char* name, const Tensor& t) const {
-    // NOTE: the dispatcher does not compare devices: one CUDA tensor among CPU tensors reaches the CUDA kernel.
+  // NOTE: the dispatcher does not compare devices: one CUDA tensor among CPU tensors reaches the CUDA kernel.
+  void check_device(const char* name, const Tensor& t) const {
     if (!(t.device() == q.device())) fail(std::string(name) + " is on another device than query: move it there");
+  }
+  void check_alike(const char* name, const Tensor& t) const {
+    check_device(name, t);
     if (t.scalar_type() != q.scalar_type()) fail(std::string(name) + " has another dtype than query: cast it");
   }
 
@@ -246,8 +230,10 @@ natten::Executor torch_executor(const natten::Problem& p) {
 // Memory for one call. It stays with the calling thread, because fresh pages cost 5 % of a 56x56 forward.
 class Workspace {
  public:
-  explicit Workspace(size_t bytes) {
-    if (bytes > cache().bytes) {
+  Workspace(const DeviceScope& device, size_t bytes) {
+    if (device.is_cuda()) {
+      on_device_ = device.allocate(bytes);
+    } else if (bytes > cache().bytes) {
       cache().memory.reset(std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment));
       cache().bytes = cache().memory ? bytes : 0;
       if (!cache().memory)
@@ -258,7 +244,7 @@ class Workspace {
   ~Workspace() {
     if (cache().bytes > kKeep) cache() = {};
   }
-  void* data() const { return cache().memory.get(); }
+  void* data() const { return on_device_ ? on_device_->data_ptr() : cache().memory.get(); }
 
  private:
   static constexpr size_t kAlignment = 4096, kKeep = size_t{64} << 20;
@@ -273,6 +259,7 @@ class Workspace {
     static thread_local Cache cache;
     return cache;
   }
+  OptionalTensor on_device_;
 };
 
 template <class F>
@@ -290,17 +277,18 @@ std::tuple<Tensor, Tensor> na_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor b
                                   std::vector<bool> causal, double scale, bool oversize, std::string plan_text) {
   return with_prefixed_errors([&]() -> std::tuple<Tensor, Tensor> {
     const Parameters par{window, stride, dilation, causal, scale, oversize, plan_text};
+    const DeviceScope device(q);
     const Inputs in = make_inputs(q, k, v, bias, extra_k, extra_v);
     const natten::Problem p = in.problem(par);
-    const natten::Plan plan = choose_plan(p, natten::Pass::forward, natten::DeviceKind::cpu, par.plan);
+    const natten::Plan plan = choose_plan(p, natten::Pass::forward, device.kind(), par.plan);
     Tensor out = empty(q, in.on_grid(par.rank(), {p.heads, p.head_dim_v}));
     Tensor lse = empty(q, in.on_grid(par.rank(), {p.heads}), lse_dtype(q));
     natten::ForwardArgs args;
     in.fill(args, par.rank());
     args.out = grid_view(out, par.rank());
     args.lse = grid_view(lse, par.rank());
-    const natten::Executor executor = torch_executor(p);
-    const Workspace workspace(workspace_bytes(p, natten::Pass::forward, plan, executor.num_threads));
+    const natten::Executor executor = device.is_cuda() ? device.stream_executor() : torch_executor(p);
+    const Workspace workspace(device, workspace_bytes(p, natten::Pass::forward, plan, executor.num_threads));
     forward(p, args, plan, executor, workspace.data());
     return {out, lse};
   });
@@ -315,14 +303,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_bwd(Tensor dout, O
   return with_prefixed_errors([&]() -> std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> {
     const Parameters par{window, stride, dilation, causal, scale, oversize, plan_text};
     const int64_t rank = par.rank();
+    const DeviceScope device(q);
     const Inputs in = make_inputs(q, k, v, bias, extra_k, extra_v);
     const natten::Problem p = in.problem(par);
-    const natten::Plan plan = choose_plan(p, natten::Pass::backward, natten::DeviceKind::cpu, par.plan);
+    const natten::Plan plan = choose_plan(p, natten::Pass::backward, device.kind(), par.plan);
     for (auto [name, t] : {std::pair{"out", &out}, {"dout", &dout}}) {
       in.check_alike(name, *t);
       Inputs::check_shape(name, *t, in.on_grid(rank, {p.heads, p.head_dim_v}));
     }
     for (auto [name, t] : {std::pair{"lse", &lse}, {"dlse", dlse ? &*dlse : &lse}}) {
+      in.check_device(name, *t);
       if (t->scalar_type() != lse_dtype(q)) fail(std::string(name) + " must be float32, or float64 for float64 inputs");
       Inputs::check_shape(name, *t, in.on_grid(rank, {p.heads}));
     }
@@ -342,8 +332,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_bwd(Tensor dout, O
     args.dq = grid_view(dq, rank), args.dk = grid_view(dk, rank), args.dv = grid_view(dv, rank);
     if (bias) args.dbias = bias_view(dbias, rank);
     if (extra_k) args.dextra_k = extra_view(dextra_k), args.dextra_v = extra_view(dextra_v);
-    const natten::Executor executor = torch_executor(p);
-    const Workspace workspace(workspace_bytes(p, natten::Pass::backward, plan, executor.num_threads));
+    const natten::Executor executor = device.is_cuda() ? device.stream_executor() : torch_executor(p);
+    const Workspace workspace(device, workspace_bytes(p, natten::Pass::backward, plan, executor.num_threads));
     backward(p, args, plan, executor, workspace.data());
     return {dq, dk, dv, dbias, dextra_k, dextra_v};
   });
@@ -383,6 +373,10 @@ NATTEN_LIBRARY(NATTEN_OP_NAMESPACE, m) {
   m.def("key_spans(SymInt extent, SymInt window, SymInt stride, SymInt dilation, bool causal) -> Tensor");
 }
 NATTEN_LIBRARY_IMPL(NATTEN_OP_NAMESPACE, CPU, m) {
+  m.impl("na_fwd", TORCH_BOX(&na_fwd));
+  m.impl("na_bwd", TORCH_BOX(&na_bwd));
+}
+NATTEN_LIBRARY_IMPL(NATTEN_OP_NAMESPACE, CUDA, m) {
   m.impl("na_fwd", TORCH_BOX(&na_fwd));
   m.impl("na_bwd", TORCH_BOX(&na_bwd));
 }
