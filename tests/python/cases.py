@@ -199,7 +199,7 @@ def compare(got, exact, same, dtype, what="", largest_logit=0.0):
 
 def engine(plan):
     """What a plan of the CPU is called on the default device; "cpu" stands for the best engine."""
-    if torch.get_default_device().type == "cpu":
+    if plan is None or torch.get_default_device().type == "cpu":
         return plan
     return {"reference": "cuda-reference", "cpu": None}.get(plan, plan)
 

@@ -60,12 +60,8 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_ignore_collect(collection_path, config):
-    name = collection_path.stem
-    return (
-        True
-        if "cpu" not in DEVICES and name.startswith("test_") and name not in {*ON_EVERY_DEVICE, "test_cuda"}
-        else None
-    )
+    about_the_cpu = collection_path.stem not in {*ON_EVERY_DEVICE, "test_cuda"}
+    return True if "cpu" not in DEVICES and collection_path.stem.startswith("test_") and about_the_cpu else None
 
 
 @pytest.fixture(autouse=True)
