@@ -18,7 +18,7 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 def test_counts(folder: Path) -> dict:
     suites = ElementTree.parse(folder / "tests.xml").getroot().iter("testsuite")
-    totals = {name: 0 for name in ("tests", "failures", "errors", "skipped")}
+    totals = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     for suite in suites:
         for name in totals:
             totals[name] += int(suite.get(name, 0))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Runs every plan of a few problems forward and backward on the GPU, for compute-sanitizer to watch; checks nothing else.
+"""Runs every plan of a few problems forward and backward on the GPU while compute-sanitizer watches.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tools/gpu_sanitize.py
 """

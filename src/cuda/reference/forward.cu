@@ -66,9 +66,8 @@ __global__ void __launch_bounds__(kThreads)
 void forward(const Problem& p, const ForwardArgs& args, void* stream) {
   const int blocks = num_blocks(p.batch * p.tokens() * p.heads, kThreads / kLanes);
   dispatch(p.dtype, [&](auto element) {
-    forward_kernel<decltype(element)><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, args);
+    cuda::launch(forward_kernel<decltype(element)>, blocks, kThreads, 0, stream, p, args);
   });
-  NATTEN_CUDA_CHECK(cudaGetLastError());
 }
 
 }  // namespace natten::cuda_reference
