@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 # Sets NATTEN_CUDA_ENABLED and, where it is true, enables the language CUDA and sets NATTEN_CUDART, the static runtime.
-# nvcc is that of CUDACXX, of PATH, of /usr/local/cuda, or of the compiler wheels of PyPI beside the Python in PATH.
+# nvcc is that of CUDACXX, of PATH, of /usr/local/cuda, or of the compiler wheels of PyPI, which `make` puts into .venv/nvcc.
 # NATTEN_CUDA in the environment decides for AUTO: 1 builds without a GPU in sight, 0 never builds.
 
 set(NATTEN_CUDA_ENABLED OFF)
@@ -16,7 +16,7 @@ if(NOT wanted)
   return()
 endif()
 
-file(GLOB wheels ${CMAKE_SOURCE_DIR}/.venv/lib/python3*/site-packages/nvidia/cu1[3-9]/bin)
+file(GLOB wheels ${CMAKE_SOURCE_DIR}/.venv/nvcc/nvidia/cu1[3-9]/bin)
 find_program(NATTEN_NVCC nvcc HINTS $ENV{CUDACXX} $ENV{CUDA_HOME}/bin PATHS /usr/local/cuda/bin ${wheels})
 if(NOT NATTEN_NVCC)
   if(NATTEN_CUDA STREQUAL "AUTO" AND "$ENV{NATTEN_CUDA}" STREQUAL "")

@@ -23,7 +23,7 @@ namespace {
 void list_plans(const Problem&, Pass, PlanList& list) {
   const cuda::DeviceInfo* device = cuda::current_device();
   if (!device)
-    list.rejections.push_back({kBackend.name, "there is no CUDA device that this process can use"});
+    list.rejections.push_back({kBackend.name, "there is no GPU that CUDA 13 can use: none, or a driver before 580"});
   else if (device->major * 10 + device->minor < 75)
     list.rejections.push_back({kBackend.name, "it needs compute capability 7.5 or newer, but this GPU has " +
                                                   std::to_string(device->major) + "." + std::to_string(device->minor)});
