@@ -23,6 +23,9 @@ extern const Backend kBackend;
 namespace cpu {
 extern const Backend kBackend;
 }
+namespace cuda_portable {
+extern const Backend kBackend;
+}
 
 /// All backends of this build, best first.
 inline constexpr const Backend* kBackends[] = {&cpu::kBackend, &reference::kBackend};
