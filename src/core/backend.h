@@ -23,6 +23,9 @@ extern const Backend kBackend;
 namespace cpu {
 extern const Backend kBackend;
 }
+namespace cuda_portable {
+extern const Backend kBackend;
+}
 namespace cuda_reference {
 extern const Backend kBackend;
 }
@@ -32,6 +35,7 @@ inline constexpr const Backend* kBackends[] = {
     &cpu::kBackend,
     &reference::kBackend,
 #ifdef NATTEN_CUDA
+    &cuda_portable::kBackend,
     &cuda_reference::kBackend,
 #endif
 };
