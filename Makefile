@@ -23,15 +23,17 @@ NATTEN_CUDA ?= $(if $(wildcard /dev/nvidia[0-9]* /dev/dxg),1,0)
 export NATTEN_CUDA
 NVCC := $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc) $(shell command -v nvcc 2> /dev/null)
 FETCHED_NVCC := $(if $(strip $(NVCC)),,$(DONE)/nvcc)
+NEEDED_NVCC := $(if $(filter 1,$(NATTEN_CUDA)),$(FETCHED_NVCC))
 say = @printf '\n==> %s\n' "$(1)"
 
-.PHONY: help demo test test-slow test-cpp test-python asan bench gpu-pack mutate abi symbols
+.PHONY: help demo test test-slow test-cpp test-python asan emulated bench gpu-pack mutate abi symbols
 .PHONY: format format-check ruff lint budgets clean
 help:
 	@echo 'make demo       install what is missing, build, train a small network to segment photographs (demo.png)'
 	@echo 'make test       the same, then all tests except the slow ones'
 	@echo 'make test-slow  the tests that take minutes'
 	@echo 'make asan       C++ tests and a bounded fuzz under AddressSanitizer and UBSan'
+	@echo 'make emulated   C++ tests of the CUDA engines where there is no GPU: their kernels as C++, on fibers'
 	@echo 'make mutate     break the operator on purpose: the tests must notice'
 	@echo 'make abi        one built library under the oldest and the newest torch'
 	@echo 'make gpu-pack   what tools/gpu_check.sh needs, built and copied into build/gpu, for a machine with a GPU'
@@ -70,7 +72,7 @@ $(DONE)/nvcc: requirements/cuda.txt | $(DONE)/venv
 	@touch $@
 
 # Built in build/dev, which the C++ tests share; the wheel takes the library from there.
-$(DONE)/natten: $(SOURCES) pyproject.toml | $(DONE)/venv $(DONE)/dependencies-demo $(if $(filter 1,$(NATTEN_CUDA)),$(FETCHED_NVCC))
+$(DONE)/natten: $(SOURCES) pyproject.toml | $(DONE)/venv $(DONE)/dependencies-demo $(NEEDED_NVCC)
 	$(call say,Building and installing natten)
 	$(PIP) install -v --no-build-isolation --no-deps --force-reinstall -C build-dir=build/dev .
 	@touch $@
@@ -115,6 +117,13 @@ asan: | $(DONE)/system-test $(DONE)/venv
 	cmake --build --preset asan
 	NATTEN_FUZZ_SECONDS=$(FUZZ_SECONDS) GTEST_FILTER='-*Determinism*:*Containment.Backward*' \
 	  ctest --preset asan -R 'natten_(tests|fuzz)' --no-tests=error -j $(JOBS) $(CTEST_ARGS)
+
+emulated: | $(DONE)/system-test $(DONE)/venv
+	$(call say,C++ tests and fuzz of the CUDA engines on an emulated GPU)
+	mkdir -p build/emulation
+	cmake --preset emulation > build/emulation/configure.log || { cat build/emulation/configure.log; exit 1; }
+	cmake --build --preset emulation
+	NATTEN_FUZZ_SECONDS=$(FUZZ_SECONDS) ctest --preset emulation --no-tests=error -j $(JOBS) $(CTEST_ARGS)
 
 bench: build/dev/.tests $(DONE)/natten $(DONE)/dependencies-test
 	$(call say,CPU benchmark)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # Sets NATTEN_CUDA_ENABLED and, where it is true, enables the language CUDA and sets NATTEN_CUDART, the static runtime.
-# nvcc is that of CUDACXX, of PATH, of /usr/local/cuda, or of the compiler wheels of PyPI, which `make` puts into .venv/nvcc.
-# NATTEN_CUDA in the environment decides for AUTO: 1 builds without a GPU in sight, 0 never builds.
+# nvcc is that of CUDACXX, of PATH, of /usr/local/cuda, or of the compiler wheels of PyPI, which `make` puts into
+# .venv/nvcc. NATTEN_CUDA in the environment decides for AUTO: 1 builds without a GPU in sight, 0 never builds.
 
 set(NATTEN_CUDA_ENABLED OFF)
 set(wanted ${NATTEN_CUDA})

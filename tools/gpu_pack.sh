@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT
-# Builds the library with its CUDA engines and copies what tools/gpu_check.sh needs into a folder that can be carried to a
-# machine with a GPU.
+# Builds the library with its CUDA engines and copies what tools/gpu_check.sh needs into a folder that can be carried
+# to a machine with a GPU.
 #
 #   tools/gpu_pack.sh FOLDER [LIBRARY]      default: builds the preset `cuda` and takes its library
 set -euo pipefail

@@ -137,7 +137,7 @@ __device__ double sum_bias(const Problem& p, const BackwardArgs& args, const dou
   return warp_reduce(sum, [](double a, double b) { return a + b; });
 }
 
-// --- kernels ----------------------------------------------------------------------------------------------------------
+// --- kernels ---
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     delta_kernel(const __grid_constant__ Problem p, const __grid_constant__ BackwardArgs args, double* deltas) {
