@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Times the CUDA engines' plans without torch: `natten_bench_cuda [seconds per row] [workload]`. Kernel time from
-// events around back-to-back calls; buffers are rotated where they would fit in the L2. One JSON row per workload, pass,
-// type and plan, with the largest difference of its results from those of the first plan measured (a sanity check: the
-// tests compare with the oracle).
+// Times the CUDA engines without torch: `natten_bench_cuda [seconds per row] [workload]`. Kernel time from events
+// around back-to-back calls; buffers are rotated where they would fit in the L2. One JSON row per workload, pass, type
+// and plan, with the largest difference of its results from those of the first plan measured (a sanity check: the tests
+// compare with the oracle).
 #include <cuda_runtime.h>
 
 #include <algorithm>

@@ -45,6 +45,12 @@ def demo_losses(folder: Path) -> dict:
     return {name: {key: run.get(key) for key in ("loss", "accuracy", "miou")} for name, run in runs.items()}
 
 
+def in_band(losses: dict) -> bool:
+    """Is the loss in bfloat16 within those of three seeds in float32?"""
+    band = [run["loss"] for name, run in losses.items() if name.startswith("demo_fp32")]
+    return len(band) == 3 and "demo_bf16" in losses and min(band) <= losses["demo_bf16"]["loss"] <= max(band)
+
+
 def main() -> int:
     folder, parts = Path(sys.argv[1]), sys.argv[2:]
     bench = folder / "bench.json"
@@ -61,6 +67,8 @@ def main() -> int:
         bad += sum(not is_clean(summary) for summary in report["sanitizers"].values())
     if "demo" in parts:
         report["demo"] = demo_losses(folder)
+        report["demo_in_band"] = in_band(report["demo"])
+        bad += not report["demo_in_band"]
     if "bench" in parts:
         bad += not measured
         report |= {name: value for name, value in measured.items() if name not in ("gpu", "torch", "rows")}
