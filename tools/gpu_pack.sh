@@ -10,12 +10,13 @@ library=${2:+$(realpath "$2")}
 cd "$(dirname "$0")/.."
 if [ -z "$library" ]; then
   cmake --preset cuda
-  cmake --build --preset cuda --target natten_torch
+  cmake --build --preset cuda --target natten_torch natten_bench_cuda
   library=$PWD/build/cuda/libnatten.so
 fi
 rm -rf "$folder"
 mkdir -p "$folder/tests" "$folder/tools"
 cp "$library" "$folder/libnatten.so"
+[ ! -x build/cuda/bench/natten_bench_cuda ] || cp build/cuda/bench/natten_bench_cuda "$folder/"
 cp -r python bench examples pyproject.toml "$folder/"
 cp -r tests/python "$folder/tests/"
 cp tools/gpu_check.sh tools/gpu_report.py tools/gpu_sanitize.py "$folder/tools/"
