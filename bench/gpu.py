@@ -70,8 +70,9 @@ class Workload:
     def plan(self, backward):
         window, stride, dilation, causal, *_ = self.parameters
         q = torch.empty(self.shape, device="cuda", dtype=self.dtype)
+        bias = self.inputs()[4]
         plans = natten.list_plans(
-            q, q, q, window, stride=stride, dilation=dilation, is_causal=causal, backward=backward
+            q, q, q, window, rpb=bias, stride=stride, dilation=dilation, is_causal=causal, backward=backward
         )
         return plans[0]
 

@@ -89,7 +89,7 @@ def test_work_stays_on_the_current_stream(case):
         stream, done = torch.cuda.Stream(), torch.cuda.Event()
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(200_000_000)
+            torch.cuda._sleep(500_000_000)
             got = cases.results(case, inputs, plan)
             done.record()
         assert not done.query() and torch.cuda.default_stream().query(), plan

@@ -49,7 +49,7 @@ struct Key {
   double bias = 0;
 };
 
-/// A key of the grid or, with `extra` >= 0, an additional one.
+/// A key of the grid, as a query sees it.
 template <class T>
 __device__ Key<T> key_of(const Problem& p, const ForwardArgs& args, int64_t batch, int head, Int3 query, Int3 key) {
   const int head_kv = head / p.heads_per_kv();
