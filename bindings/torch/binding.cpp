@@ -66,13 +66,26 @@ Tensor empty(const Tensor& like, const Ints& sizes, std::optional<ScalarType> dt
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
 }
 
-// Everything that decides how a call is run, in the order of the schemas.
+// Everything that decides how a call is run, in the order of the schemas. An empty list stands for ones (causal:
+// falses), because torch takes a quarter of a microsecond to hand over each entry.
 struct Parameters {
   Ints window, stride, dilation;
   std::vector<bool> causal;
   double scale;
   bool oversize;
   std::string plan;
+  Parameters(Ints w, Ints s, Ints d, std::vector<bool> c, double scale, bool oversize, std::string plan)
+      : window(std::move(w)),
+        stride(std::move(s)),
+        dilation(std::move(d)),
+        causal(std::move(c)),
+        scale(scale),
+        oversize(oversize),
+        plan(std::move(plan)) {
+    if (stride.empty()) stride.assign(window.size(), 1);
+    if (dilation.empty()) dilation.assign(window.size(), 1);
+    if (causal.empty()) causal.assign(window.size(), false);
+  }
   int64_t rank() const { return int64_t(window.size()); }
 };
 
@@ -350,10 +363,9 @@ Tensor key_spans(int64_t extent, int64_t window, int64_t stride, int64_t dilatio
     const Tensor table = torch::stable::empty_cpu({extent, 2}, ScalarType::Long);
     int64_t* row = static_cast<int64_t*>(table.data_ptr());
     for (int64_t token = 0; token < extent; ++token, row += 2) {
-      const int r = int(token % dilation);
-      const natten::Span keys = natten::key_span(natten::group_axis(p.axes[2], r), int(token / dilation));
-      row[0] = r + dilation * keys.begin;
-      row[1] = keys.size();
+      const natten::TokenKeys keys = natten::token_keys(p.axes[2], int(token));
+      row[0] = keys.first;
+      row[1] = keys.count;
     }
     return table;
   });

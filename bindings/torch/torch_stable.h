@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <span>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -73,10 +74,7 @@ class Tensor {  // shared ownership of one handle
     TORCH_SUBSET_CALL(aoti_torch_get_size(get(), d, &n));
     return n;
   }
-  std::vector<int64_t> strides() const {
-    auto* p = get<int64_t*>(aoti_torch_get_strides);
-    return {p, p + dim()};
-  }
+  std::span<const int64_t> strides() const { return {get<int64_t*>(aoti_torch_get_strides), size_t(dim())}; }
   int32_t get_device_index() const { return get<int32_t>(aoti_torch_get_device_index); }
   Device device() const { return {get<int32_t>(aoti_torch_get_device_type), get_device_index()}; }
   ScalarType scalar_type() const {
@@ -152,6 +150,7 @@ struct Take<std::vector<T>> {
     size_t size = 0;
     TORCH_SUBSET_CALL(torch_list_size(list.get(), &size));
     std::vector<T> out;
+    out.reserve(size);
     for (size_t i = 0; i < size; ++i) {
       StableIValue item;
       TORCH_SUBSET_CALL(torch_list_get_item(list.get(), i, &item));

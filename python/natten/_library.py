@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from ._geometry import in_full
+
 NAMESPACE = "natten"  # a hub build, which may live beside an installed copy, changes this one word
 _HOW_TO_BUILD = (
     "install it with `pip install .` in the source tree, or build it with "
@@ -69,6 +71,8 @@ def _c_functions() -> ctypes.CDLL:
     library.natten_info.restype = ctypes.c_char_p
     library.natten_num_pairs.argtypes = [ctypes.c_int, sizes, sizes, sizes, sizes, flags]
     library.natten_num_pairs.restype = ctypes.c_int64
+    library.natten_token_keys.argtypes = [*[ctypes.c_int64] * 4, ctypes.c_int, ctypes.c_int64, sizes]
+    library.natten_token_keys.restype = None
     numbers = [ctypes.c_int] * 6
     library.natten_list_plans.argtypes = [
         ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int, *[sizes] * 4, flags, *numbers
@@ -82,8 +86,9 @@ def _cut(number) -> int:
     return max(-(2**31), min(int(number), 2**31 - 1))
 
 
-def _axes(extent, window, stride, dilation, causal):
+def _axes(extent, *axes):
     rank = len(extent)
+    window, stride, dilation, causal = in_full(*axes)
     sizes = [(ctypes.c_int64 * rank)(*(_cut(x) for x in xs)) for xs in (extent, window, stride, dilation)]
     return rank, *sizes, (ctypes.c_int32 * rank)(*(int(x) for x in causal))
 
@@ -96,6 +101,15 @@ def info() -> dict:
 def num_pairs(extent, window, stride, dilation, causal) -> int:
     """Query-key pairs of one sample and head, exact for every parameter; additional keys are not counted."""
     return _c_functions().natten_num_pairs(*_axes(extent, window, stride, dilation, causal))
+
+
+def key_spans(extent: int, window: int, stride: int, dilation: int, causal: bool) -> list[list[int]]:
+    """What the op `key_spans` gives, as numbers: for each token of an axis its first key and how many there are."""
+    rows, row = [], (ctypes.c_int64 * 2)()
+    for token in range(extent):
+        _c_functions().natten_token_keys(extent, window, stride, dilation, causal, token, row)
+        rows.append(list(row))
+    return rows
 
 
 def plans(backward: bool, device: torch.device, dtype: torch.dtype, geometry: tuple, numbers: tuple) -> dict:

@@ -7,9 +7,9 @@ operator and differentiable to any order; its memory is O(queries * keys of a wi
 
 import torch
 
-from ._arguments import booleans, integers, refuse_oversize, scale_or_default, whole_axes, windows
 from ._errors import translated
 from ._gather import gather, mix
+from ._geometry import geometry_of
 
 
 def attention_with_dropout(
@@ -33,15 +33,10 @@ def attention_with_dropout(
     Each is kept with probability 1 - dropout_p and then divided by it. `oversize` is "clamp" or "error": who wants
     "pad" pads beforehand.
     """
-    extents = query.shape[1:-2]
-    rank = len(extents)
-    stride, dilation = integers("stride", stride, rank), integers("dilation", dilation, rank)
-    window, causal = windows(kernel_size, extents, dilation, oversize), booleans("is_causal", is_causal, rank)
-    if oversize == "error":
-        refuse_oversize(extents, window, dilation, whole_axes(kernel_size, rank))
+    options = geometry_of(query.shape, kernel_size, stride, dilation, is_causal, scale, oversize).options
     tensors = query, key, value, rpb, additional_keys, additional_values
     try:
-        x = gather(*tensors, window, stride, dilation, causal, scale_or_default(scale, query.shape[-1]))
+        x = gather(*tensors, *options)
     except (RuntimeError, ValueError) as error:
         raise translated(error, query.device.type) from None
     out = mix(torch.nn.functional.dropout(x.p, dropout_p), x.v)

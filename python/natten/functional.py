@@ -10,13 +10,13 @@ section 3.1 (the operator); "Dilated Neighborhood Attention Transformer", arXiv 
 import warnings
 
 import torch
-from torch.nn.functional import pad as _zero_pad
+from torch.nn.functional import pad as zero_pad
 
 from . import _arguments as args
 from . import _tuning, context
 from ._errors import WrongType, translated
-from ._library import NA_FWD
-from ._ops import with_unit_last_stride
+from ._geometry import geometry_of
+from ._ops import na_fwd, with_unit_last_stride
 from ._varlen import attend_nothing, attend_samples, sample_bounds
 from .merge import merge_attentions
 
@@ -54,29 +54,18 @@ def _neighborhood(
     if tuning:
         _tuning.check(tuning, rank, _tuning.TUNING, name)
     args.flag("return_lse", return_lse)
-    query, key, value, extra_k, extra_v, rpb = _checked_tensors(
-        name, rank, query, key, value, additional_keys, additional_values, rpb
-    )
-    extents = query.shape[1:-2]
-    stride, dilation = args.integers("stride", stride, rank), args.integers("dilation", dilation, rank)
-    mode = context.resolve_oversize(oversize)
-    window = args.windows(kernel_size, extents, dilation, mode)
-    causal = args.booleans("is_causal", is_causal, rank)
-    if name in _LAYOUT_CHECKED and not torch.compiler.is_compiling():
-        _check_layout(name, query, window)
-    scale = args.scale_or_default(scale, query.shape[-1])
-    whole = args.whole_axes(kernel_size, rank)
-    if mode == "pad":
-        fitted = [0 if fits else w for fits, w in zip(whole, window, strict=True)]
-        query, key, value = _padded(extents, fitted, dilation, query, key, value)
-    strict = mode == "error" and not any(whole)
-    if mode == "error" and not strict:
-        args.refuse_oversize(extents, window, dilation, whole)
-    plan = _tuning.plan_of(backend, plan, query.device)
-    options = window, stride, dilation, causal, scale, not strict, plan
-    out, lse = _run((query, key, value, rpb, extra_k, extra_v), options, backend)
-    if mode == "pad":
-        out, lse = _cropped(extents, out, lse)
+    query, *others = _checked_tensors(name, rank, query, key, value, additional_keys, additional_values, rpb)
+    shape, mode = query.shape, context.resolve_oversize(oversize)
+    geometry = geometry_of(shape, kernel_size, stride, dilation, is_causal, scale, mode)
+    if geometry.looks_heads_first and name in _LAYOUT_CHECKED:
+        _tell_of_layout(name, query)
+    plan = "" if backend is None and plan is None else _tuning.plan_of(backend, plan, query.device)
+    tensors = query, *others
+    if geometry.padding:
+        tensors = *(zero_pad(x, geometry.padding) for x in tensors[:3]), *tensors[3:]
+    out, lse = _run(tensors, (*geometry.options, plan), backend)
+    if geometry.padding:
+        out, lse = _cropped(shape[1:-2], out, lse)
     return (out, lse) if return_lse else out
 
 
@@ -147,7 +136,10 @@ def na3d(query, key, value, kernel_size, *too_many, **options):
 
 
 def _checked_tensors(name, rank, query, key, value, extra_k, extra_v, rpb):
-    """The six tensors, checked for form and agreement, autocast, with unit last strides."""
+    """The six tensors as the ops take them: checked for form and agreement, autocast, with unit last strides."""
+    plain = extra_k is None and extra_v is None and rpb is None and args.are_plain(rank + 3, query, key, value)
+    if plain and not _is_autocast(query):
+        return query, key, value, None, None, None
     axes = ("batch", *args.AXES[rank], "heads", "head_dim")
     for label, x in (("query", query), ("key", key), ("value", value)):
         args.dense_tensor(label, x, name, axes)
@@ -168,56 +160,42 @@ def _checked_tensors(name, rank, query, key, value, extra_k, extra_v, rpb):
         args.tensors_agree(name, ("query", query), ("rpb", rpb))
     if extra_k is not None:
         extra_k, extra_v = with_unit_last_stride(extra_k), with_unit_last_stride(extra_v)
-    return *map(with_unit_last_stride, (query, key, value)), extra_k, extra_v, rpb
+    return *map(with_unit_last_stride, (query, key, value)), rpb, extra_k, extra_v
 
 
 def _autocast(query, *others):
     """Under torch.autocast all but float64 tensors in its dtype."""
     # NOTE: here and not at an Autocast dispatch key: three public calls, and Dynamo traces them.
-    kind = query.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # which it refuses to answer for meta
+    if not _is_autocast(query):
         return query, *others
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(query.device.type)
     return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (query, *others))
+
+
+def _is_autocast(query) -> bool:
+    kind = "cpu" if query.is_cpu else query.device.type  # the latter makes a string, 0.3 us
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # which it refuses to answer for meta
 
 
 def _run(tensors, options, backend):
     try:
-        return NA_FWD(*tensors, *options)
+        return na_fwd(*tensors, *options)
     except (RuntimeError, ValueError) as error:
         raise translated(error, tensors[0].device.type, backend) from None
 
 
-def _check_layout(name, query, window) -> None:
-    """Warns of [batch, heads, *grid, head_dim], which would be read with heads for its first axis, and with an axis of
-    the grid for heads. Two signs: the window outgrows that first axis; as many "heads" as the last axis has tokens."""
+def _tell_of_layout(name, query) -> None:
     mode = context.NattenContext.layout_check
-    first, heads = query.shape[1], query.shape[-2]
-    if mode == "off" or heads <= first or first == 0:
+    if mode == "off":
         return
-    outgrown = window[0] > first and heads >= max(4 * first, window[-1])
-    square = len(window) > 1 and heads == query.shape[-3] and heads > 2 * first
-    if not outgrown and not square:
-        return
-    axes = ", ".join(("batch", *args.AXES[len(window)], "heads", "head_dim"))
+    axes = ", ".join(("batch", *args.AXES[query.dim() - 3], "heads", "head_dim"))
     message = (
-        f"{name} reads query {list(query.shape)} as [{axes}], that is with {heads} heads, which looks like a tensor "
-        "with heads first: permute it, or call natten.context.set_layout_check('off') if it is meant so"
+        f"{name} reads query {list(query.shape)} as [{axes}], that is with {query.shape[-2]} heads, which looks like a "
+        "tensor with heads first: permute it, or call natten.context.set_layout_check('off') if it is meant so"
     )
     if mode == "error":
         raise ValueError(message)
     warnings.warn(message, stacklevel=4)
-
-
-def _padded(extents, window, dilation, *tensors):
-    """Zeros on the far side of every axis that is shorter than window * dilation."""
-    missing = [max(0, w * d - n) for n, w, d in zip(extents, window, dilation, strict=True)]
-    if not any(missing):
-        return tensors
-    amounts = [0, 0, 0, 0]  # from the last axis on: head_dim and heads stay
-    for n in reversed(missing):
-        amounts += [0, n]
-    return tuple(_zero_pad(x, amounts) for x in tensors)
 
 
 def _cropped(extents, *tensors):

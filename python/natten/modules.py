@@ -117,9 +117,7 @@ class _NeighborhoodAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, *grid, embed_dim] -> the same shape."""
-        if x.dim() != self.rank + 2:
-            axes = ", ".join(("batch", *args.AXES[self.rank], "channels"))
-            raise ValueError(f"{type(self).__name__} expects [{axes}], got {x.dim()} dimensions: {list(x.shape)}")
+        args.dense_tensor("the input", x, type(self).__name__, ("batch", *args.AXES[self.rank], "channels"))
         if x.shape[-1] != self.embed_dim:
             raise ValueError(
                 f"{type(self).__name__} expects {self.embed_dim} channels, got {x.shape[-1]}: {list(x.shape)}"

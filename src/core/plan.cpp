@@ -65,8 +65,15 @@ PlanList list_plans(const Problem& problem, Pass pass, DeviceKind device) {
 Plan choose_plan(const Problem& problem, Pass pass, DeviceKind device, std::string_view wanted) {
   if (!serves(device))
     throw Error(ErrorKind::unsupported, "this build has no engine for CUDA tensors: see `python -m natten info`");
+  if (wanted.empty())  // nearly always, and then what comes behind the best plan need not be looked at
+    for (const Backend* backend : kBackends) {
+      if (backend->device != device) continue;
+      PlanList list;
+      list.plans.reserve(8);
+      backend->list_plans(problem, pass, list);
+      if (!list.plans.empty()) return list.plans.front();
+    }
   const PlanList list = list_plans(problem, pass, device);
-  if (wanted.empty() && !list.plans.empty()) return list.plans.front();
   for (const Plan& plan : list.plans)
     if (matches(to_string(plan), wanted)) return plan;
   if (!wanted.empty() && !is_known(wanted, list))

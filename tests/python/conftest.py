@@ -36,8 +36,6 @@ def pytest_collection_modifyitems(config, items):
 ON_EVERY_DEVICE = {
     "test_attention",
     "test_autocast",
-    "test_compile",
-    "test_derivatives",
     "test_determinism",
     "test_gradients",
     "test_layout",
@@ -48,6 +46,9 @@ ON_EVERY_DEVICE = {
     "test_random",
     "test_symmetry",
     "test_tiles",
+    "test_torch_compile",
+    "test_torch_training",
+    "test_torch_transforms",
     "test_varlen",
     "test_windows",
 }
