@@ -28,6 +28,12 @@ bool is_known(std::string_view wanted, const PlanList& list) {
   return false;
 }
 
+bool serves(DeviceKind device) {
+  for (const Backend* backend : kBackends)
+    if (backend->device == device) return true;
+  return false;
+}
+
 std::string known_names() {
   std::string names;
   for (const Backend* backend : kBackends) names += (names.empty() ? "" : ", ") + std::string(backend->name);
@@ -77,6 +83,8 @@ PlanList list_plans(const Problem& problem, Pass pass, DeviceKind device) {
 }
 
 Plan choose_plan(const Problem& problem, Pass pass, DeviceKind device, std::string_view wanted) {
+  if (!serves(device))
+    throw Error(ErrorKind::unsupported, "this build has no engine for CUDA tensors: see `python -m natten info`");
   if (wanted.empty())  // nearly always, and then what comes behind the best plan need not be looked at
     for (const Backend* backend : kBackends) {
       if (backend->device != device) continue;
