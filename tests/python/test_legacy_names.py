@@ -12,6 +12,7 @@ import dense_unfused
 import legacy_names
 import legacy_probes  # noqa: F401
 import legacy_probes_of_helpers  # noqa: F401
+import legacy_probes_of_switches  # noqa: F401
 import pytest
 import torch
 
