@@ -115,15 +115,17 @@ def dense_tensor(name: str, x, function: str, axes: tuple[str, ...]) -> None:
 def are_plain(dims: int, query, key, value) -> bool:
     """Whether every check below would pass, as nearly always: dense tensors of `dims` dimensions that agree in an
     engine's dtype and in device, with unit last strides. False means only that they have to be looked at one by one."""
-    if type(query) is not torch.Tensor:
+    if not type(query) is type(key) is type(value) is torch.Tensor:
         return False
-    dtype, device = query.dtype, query.device
-    for x in (query, key, value):
-        if type(x) is not torch.Tensor or x.layout is not torch.strided or x.is_nested or x.dim() != dims:
-            return False
-        if x.dtype is not dtype or x.device != device or not (x.is_contiguous() or x.stride(-1) == 1):
-            return False
-    return dtype in DTYPES
+    return (
+        query.dtype is key.dtype is value.dtype
+        and query.dtype in DTYPES
+        and query.device == key.device == value.device
+        and query.layout is key.layout is value.layout is torch.strided
+        and not (query.is_nested or key.is_nested or value.is_nested)
+        and query.dim() == key.dim() == value.dim() == dims
+        and all(x.is_contiguous() or x.stride(-1) == 1 for x in (query, key, value))
+    )
 
 
 def tensors_agree(function: str, first: tuple[str, torch.Tensor], *others: tuple[str, torch.Tensor | None]) -> None:

@@ -18,14 +18,20 @@ class Geometry(NamedTuple):
     stride: tuple
     dilation: tuple
     causal: tuple
+    scale: float
     may_be_oversize: bool  # whether the core cuts a window that does not fit, or refuses it
     padding: tuple  # amounts for torch.nn.functional.pad of [batch, *grid, heads, head_dim]; () for none
     looks_heads_first: bool  # see `_looks_heads_first`; always False under torch.compile, which cannot look
 
     @property
     def axes(self) -> tuple:
-        """What the ops are given."""
+        """Window, stride, dilation, causal."""
         return self[:4]
+
+    @property
+    def options(self) -> tuple:
+        """What the ops are given before the plan."""
+        return self[:6]
 
     def shortened(self) -> "Geometry":
         """With () for a stride, dilation or causal flag that is the default on every axis, as the ops allow."""
@@ -44,12 +50,12 @@ def in_full(window, stride, dilation, causal) -> tuple:
     return window, stride or (1,) * rank, dilation or (1,) * rank, causal or (False,) * rank
 
 
-def geometry_of(shape, kernel_size, stride=1, dilation=1, is_causal=False, oversize="clamp") -> Geometry:
+def geometry_of(shape, kernel_size, stride=1, dilation=1, is_causal=False, scale=None, oversize="clamp") -> Geometry:
     """For a query of `shape` [batch, *grid, heads, head_dim]; the others are arguments of the public functions.
 
     Raises as `natten.functional.neighborhood_attention_generic` does for wrong types, lengths and windows.
     """
-    arguments = shape, kernel_size, stride, dilation, is_causal, oversize
+    arguments = shape, kernel_size, stride, dilation, is_causal, scale, oversize
     if torch.compiler.is_compiling():
         return _geometry_of(*arguments)
     try:
@@ -68,7 +74,7 @@ def _eager(shape, *arguments) -> Geometry:
 _kept = functools.lru_cache(maxsize=1024, typed=True)(_eager)
 
 
-def _geometry_of(shape, kernel_size, stride, dilation, is_causal, oversize) -> Geometry:
+def _geometry_of(shape, kernel_size, stride, dilation, is_causal, scale, oversize) -> Geometry:
     extents = shape[1:-2]
     rank = len(extents)
     sizes = args.integers("kernel_size", kernel_size, rank, default=None)
@@ -79,10 +85,11 @@ def _geometry_of(shape, kernel_size, stride, dilation, is_causal, oversize) -> G
     strict, padding = oversize == "error", ()
     if strict and any(whole):  # the core is not told which axes fit whatever their length
         strict = False
-        _refuse_oversize(extents, window, dilation, whole)
+        refuse_oversize(extents, window, dilation, whole)
     if oversize == "pad":
         padding = _padding(extents, window, dilation, whole)
-    return Geometry(tuple(window), tuple(stride), tuple(dilation), tuple(causal), not strict, padding, False)
+    scale = args.scale_or_default(scale, shape[-1])
+    return Geometry(tuple(window), tuple(stride), tuple(dilation), tuple(causal), scale, not strict, padding, False)
 
 
 def _window(axis: str, size, extent, dilation, oversize: str):
@@ -96,7 +103,8 @@ def _window(axis: str, size, extent, dilation, oversize: str):
     return size
 
 
-def _refuse_oversize(extents, window, dilation, whole) -> None:
+def refuse_oversize(extents, window, dilation, whole) -> None:
+    """What the core does for oversize="error", where some axes (-1: `whole`) fit whatever their length."""
     for axis, n, w, d, fits in zip(args.AXES[len(extents)], extents, window, dilation, whole, strict=True):
         if not fits and w * d > n:
             raise ValueError(

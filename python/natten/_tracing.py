@@ -28,4 +28,4 @@ def call(op, *arguments):
 
 
 def _plain(x):
-    return [int(y) if isinstance(y, torch.Tensor) else y for y in x] if isinstance(x, list) else x
+    return [int(y) if isinstance(y, torch.Tensor) else y for y in x] if isinstance(x, list | tuple) else x

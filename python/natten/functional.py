@@ -60,7 +60,7 @@ def _neighborhood(
     rpb=None,
     return_lse=False,
     return_weights=False,
-    attn_drop=0.0,
+    attn_drop=0,  # NOTE: an integer, for Dynamo specialises it: a float default would compile every call twice
     backend=None,
     plan=None,
     oversize=None,
@@ -77,15 +77,13 @@ def _neighborhood(
     args.flag("return_lse", return_lse), args.flag("return_weights", return_weights)
     query, *others = _checked_tensors(name, rank, query, key, value, additional_keys, additional_values, rpb)
     shape, mode = query.shape, context.resolve_oversize(oversize)
-    geometry = geometry_of(shape, kernel_size, stride, dilation, is_causal, mode)
+    geometry = geometry_of(shape, kernel_size, stride, dilation, is_causal, scale, mode)
     if geometry.looks_heads_first and name in _LAYOUT_CHECKED:
         _tell_of_layout(name, query)
-    scale = args.scale_or_default(scale, shape[-1])
     plan = "" if backend is None and plan is None else _tuning.plan_of(backend, plan, query.device)
-    tensors = query, *others
+    tensors, options = (query, *others), (*geometry.options, plan)
     if geometry.padding:
         tensors = *(zero_pad(x, geometry.padding) for x in tensors[:3]), *tensors[3:]
-    options = *geometry.axes, scale, geometry.may_be_oversize, plan
     if return_weights or attn_drop:
         dropout_p = args.probability("attn_drop", attn_drop)
         return _unfused(tensors, options, shape[1:-2], dropout_p, return_lse, return_weights)

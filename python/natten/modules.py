@@ -143,7 +143,7 @@ class _NeighborhoodAttention(nn.Module):
     def _attend(self, q, k, v, oversize):
         options = {"stride": self.stride, "dilation": self.dilation, "is_causal": self.is_causal, "scale": self.scale}
         options |= {"rpb": self.rpb, "oversize": "clamp" if oversize == "pad" else oversize}
-        if self.training:
+        if self.training and self.attn_drop.p > 0:
             options["attn_drop"] = self.attn_drop.p
         return neighborhood_attention_generic(q, k, v, self.kernel_size, **options)
 

@@ -77,7 +77,7 @@ def _geometry(extents, kernel_size, dilation, is_causal, oversize):
         if oversize is not None:
             raise ValueError("oversize='pad' is for layers and fused operators: pad query, key and value yourself")
         mode = "clamp"  # NOTE: what the process asked of layers
-    return geometry_of((1, *extents, 1, 1), kernel_size, 1, dilation, is_causal, mode)
+    return geometry_of((1, *extents, 1, 1), kernel_size, 1, dilation, is_causal, oversize=mode)
 
 
 def _run(op, *arguments):

@@ -81,7 +81,6 @@ Plan choose_plan(const Problem& problem, Pass pass, DeviceKind device, std::stri
     for (const Backend* backend : kBackends) {
       if (backend->device != device) continue;
       PlanList list;
-      list.plans.reserve(8);
       backend->list_plans(problem, pass, list);
       if (!list.plans.empty()) return list.plans.front();
     }

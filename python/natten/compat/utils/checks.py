@@ -2,7 +2,7 @@
 """Era 0.20: checks of arguments: each returns its argument as a tuple, one entry per axis, or raises ValueError."""
 
 from .. import _arguments as _args
-from .._geometry import _refuse_oversize
+from .._geometry import refuse_oversize as _refuse_oversize
 from ..types import KernelSchedule
 
 _SCHEDULES = {
