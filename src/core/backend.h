@@ -28,6 +28,13 @@ extern const Backend kBackend;
 }
 
 /// All backends of this build, best first.
-inline constexpr const Backend* kBackends[] = {&cpu::kBackend, &reference::kBackend};
+inline constexpr const Backend* kBackends[] = {
+#ifdef NATTEN_CUDA_EMULATION
+    &cuda_portable::kBackend,  // tests/cpp/cuda
+#else
+    &cpu::kBackend,
+    &reference::kBackend,
+#endif
+};
 
 }  // namespace natten

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Stands in for CUDA's header of that name: kernels compile as plain C++ and run on this processor, one block of
-// threads after the other, every thread a fiber (emulation.cpp). So their logic is tested where there is no GPU. What ptx/ does
-// by one instruction is done in emulation/cuda/ptx; there, addresses and alignments are checked too.
+// threads after the other, every thread a fiber (emulation.cpp). So their logic is tested where there is no GPU. What
+// ptx/ does by one instruction is done in emulation/cuda/ptx; there, addresses and alignments are checked too.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -16,6 +16,7 @@
 #define __shared__
 #define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: MIT
-// Fibers, barriers and shared memory of the emulated GPU, and the backend that the tests of the CPU engines see.
+// Fibers, barriers and shared memory of the emulated GPU.
 //
 // Threads of a block take turns; who waits at a barrier gives its turn to the next. NATTEN_EMULATION chooses the
-// order, so that a missing barrier shows as a wrong result: bit 0: warps run as far as they can, one after the other, instead of
-// thread by thread; bit 1: last warp first; bit 2: cp.async copies only when waited for instead of at once.
+// order, so that a missing barrier shows as a wrong result: bit 0: warps run as far as they can, one after the other,
+// instead of thread by thread; bit 1: last warp first; bit 2: cp.async copies only when waited for instead of at
+// once.
 #include <cuda_runtime.h>
 
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
 
-#include "core/backend.h"
 #include "cuda/device.h"
 
 // Shared memory of the block that runs: what the kernels declare as extern.
@@ -227,12 +227,3 @@ const DeviceInfo* current_device() {
 }
 
 }  // namespace natten::cuda
-
-namespace natten::pinned {
-const Backend kBackend{"portable",
-                       DeviceKind::cpu,
-                       cuda_portable::kBackend.list_plans,
-                       cuda_portable::kBackend.workspace_bytes,
-                       cuda_portable::kBackend.forward,
-                       cuda_portable::kBackend.backward};
-}
