@@ -3,103 +3,12 @@
 // makes. It touches torch through the stable ABI of 2.10 alone, so one binary serves every later torch; and no
 // CPython, so it serves every Python. Errors leave as `natten[kind] sentence`, which python/natten maps to Python's
 // exceptions.
-#include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
-
-#include "natten/attention.h"
-#include "natten/error.h"
-#include "torch_stable.h"
-
-#ifndef NATTEN_OP_NAMESPACE  // one macro names the op namespace, so that a hub build can rename it
-#define NATTEN_OP_NAMESPACE natten
-#endif
-// NOTE: the headers of torch 2.10 stringise the namespace without expanding it; this level expands it first.
-#define NATTEN_LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
-#define NATTEN_LIBRARY_IMPL(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
+#include "call.h"
 
 namespace {
 
-using natten::Error;
-using natten::ErrorKind;
+using namespace natten::binding;
 using natten::TensorView;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Ints = std::vector<int64_t>;
-using OptionalTensor = std::optional<Tensor>;
-
-[[noreturn]] void fail(const std::string& sentence) { throw Error(ErrorKind::invalid_argument, sentence); }
-
-natten::DType dtype_of(const Tensor& q) {
-  switch (q.scalar_type()) {
-    case ScalarType::Float:
-      return natten::DType::f32;
-    case ScalarType::Double:
-      return natten::DType::f64;
-    case ScalarType::BFloat16:
-      return natten::DType::bf16;
-    case ScalarType::Half:
-      return natten::DType::f16;
-    default:
-      throw Error(ErrorKind::unsupported, "this dtype is not supported: use float32, float64, bfloat16 or float16");
-  }
-}
-
-ScalarType lse_dtype(const Tensor& q) {
-  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-std::string shape_of(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t d = 0; d < t.dim(); ++d) text += (d ? ", " : "") + std::to_string(t.size(d));
-  return text + "]";
-}
-
-Tensor empty(const Tensor& like, const Ints& sizes, std::optional<ScalarType> dtype = std::nullopt) {
-  return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
-}
-
-// Copies by element, for the rare tensor whose last stride is not 1 (the gradient of a sum, a permuted head_dim).
-Tensor with_unit_last_stride(const Tensor& t) {
-  const int64_t rank = t.dim();
-  const auto strides = t.strides();
-  if (rank == 0 || strides[rank - 1] == 1 || t.size(rank - 1) <= 1) return t;
-  Ints sizes(rank), index(rank, 0);
-  int64_t count = 1;
-  for (int64_t d = 0; d < rank; ++d) count *= sizes[d] = t.size(d);
-  Tensor copy = empty(t, sizes);
-  const size_t bytes = size_of(dtype_of(t));
-  const char* from = static_cast<const char*>(t.data_ptr());
-  char* to = static_cast<char*>(copy.data_ptr());
-  for (int64_t i = 0; i < count; ++i, to += bytes) {
-    int64_t at = 0;
-    for (int64_t d = 0; d < rank; ++d) at += index[d] * strides[d];
-    std::memcpy(to, from + at * bytes, bytes);
-    for (int64_t d = rank - 1; d >= 0 && ++index[d] == sizes[d]; --d) index[d] = 0;
-  }
-  return copy;
-}
-
-// Everything that decides how a call is run, in the order of the schemas.
-struct Parameters {
-  Ints window, stride, dilation;
-  std::vector<bool> causal;
-  double scale;
-  bool oversize;
-  std::string plan;
-  int64_t rank() const { return int64_t(window.size()); }
-};
-
-int narrow(int64_t value, const char* name) {
-  if (value < -(1 << 30) || value > (1 << 30))
-    fail(std::string(name) + " " + std::to_string(value) + " is out of range");
-  return int(value);
-}
 
 // Strides of a tensor [batch, grid..., trailing...]: the grid's axes move to the end of z, y, x.
 TensorView grid_view(const Tensor& t, int64_t rank) {
@@ -108,14 +17,6 @@ TensorView grid_view(const Tensor& t, int64_t rank) {
   view.strides[0] = strides[0];
   for (int64_t d = 0; d < rank; ++d) view.strides[4 - rank + d] = strides[1 + d];
   view.strides[4] = strides[1 + rank];
-  return view;
-}
-
-TensorView bias_view(const Tensor& t, int64_t rank) {
-  TensorView view{t.data_ptr(), {0, 0, 0, 0, 0, 1}};
-  const auto strides = t.strides();
-  for (int64_t d = 0; d < rank; ++d) view.strides[4 - rank + d] = strides[1 + d];
-  view.strides[4] = strides[0];
   return view;
 }
 
@@ -129,20 +30,7 @@ struct Inputs {
   Tensor q, k, v;
   OptionalTensor bias, extra_k, extra_v;
 
-  void check_alike(const char* name, const Tensor& t) const {
-    // NOTE: the dispatcher does not compare devices: one CUDA tensor among CPU tensors reaches the CUDA kernel.
-    if (!(t.device() == q.device())) fail(std::string(name) + " is on another device than query: move it there");
-    if (t.scalar_type() != q.scalar_type()) fail(std::string(name) + " has another dtype than query: cast it");
-  }
-
-  static void check_shape(const char* name, const Tensor& t, const Ints& expected) {
-    bool same = t.dim() == int64_t(expected.size());
-    for (size_t d = 0; same && d < expected.size(); ++d) same = t.size(d) == expected[d];
-    if (same) return;
-    std::string text = "[";
-    for (size_t d = 0; d < expected.size(); ++d) text += (d ? ", " : "") + std::to_string(expected[d]);
-    fail(std::string(name) + " has shape " + shape_of(t) + ", but must have " + text + "]");
-  }
+  void check_alike(const char* name, const Tensor& t) const { natten::binding::check_alike(name, t, q); }
 
   // Sizes of a tensor on the query's grid.
   Ints on_grid(int64_t rank, std::initializer_list<int64_t> trailing) const {
@@ -158,9 +46,7 @@ struct Inputs {
 
 natten::Problem Inputs::problem(const Parameters& par) const {
   const int64_t rank = par.rank();
-  if (rank < 1 || rank > 3) fail("the grid must have 1 to 3 axes, but kernel_size has " + std::to_string(rank));
-  for (size_t size : {par.stride.size(), par.dilation.size(), par.causal.size()})
-    if (int64_t(size) != rank) fail("kernel_size, stride, dilation and is_causal must have one entry for each axis");
+  par.check_ranks();
   if (q.dim() != rank + 3)
     fail("query has shape " + shape_of(q) + ", but must have " + std::to_string(rank + 3) + " dimensions: [batch, " +
          std::to_string(rank) + " grid axes, heads, head_dim]");
@@ -177,9 +63,7 @@ natten::Problem Inputs::problem(const Parameters& par) const {
   p.head_dim_v = narrow(v.size(rank + 2), "value head_dim");
   p.scale = par.scale;
   p.oversize = par.oversize;
-  for (int64_t d = 0; d < rank; ++d)
-    p.axes[3 - rank + d] = {narrow(q.size(1 + d), "grid axis"), narrow(par.window[d], "kernel_size"),
-                            narrow(par.stride[d], "stride"), narrow(par.dilation[d], "dilation"), par.causal[d]};
+  for (int64_t d = 0; d < rank; ++d) p.axes[3 - rank + d] = par.axis(d, q.size(1 + d));
   Ints grid = on_grid(rank, {});
   if (!p.has_window()) {  // no query sees a key of the grid, so none need be there
     for (natten::Axis& a : p.axes) a.window = 0, a.stride = 1;
@@ -227,80 +111,23 @@ Inputs make_inputs(Tensor q, Tensor k, Tensor v, OptionalTensor bias, OptionalTe
   return {with_unit_last_stride(q), with_unit_last_stride(k), with_unit_last_stride(v), bias, extra_k, extra_v};
 }
 
-// torch's own threads: torch.set_num_threads and OMP_NUM_THREADS hold, nothing is spawned here. Waking them takes
-// longer than a problem of a few microseconds.
-natten::Executor torch_executor(const natten::Problem& p) {
-  double products = double(p.batch) * p.heads * p.tokens() * (p.head_dim + p.head_dim_v);
-  double keys = p.has_window() ? 1 : 0;
-  for (const natten::Axis& a : p.axes) keys *= std::min(a.window, a.extent);
-  if (products * (keys + p.extra_keys) < 1 << 19) return natten::serial_executor();
-  uint32_t threads = 1;
-  TORCH_SUBSET_CALL(torch_get_num_threads(&threads));
-  return {int(threads), [](int64_t count, const std::function<void(int64_t)>& task) {
-            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t i = begin; i < end; ++i) task(i);
-            });
-          }};
-}
-
-// Memory for one call. It stays with the calling thread, because fresh pages cost 5 % of a 56x56 forward.
-class Workspace {
- public:
-  explicit Workspace(size_t bytes) {
-    if (bytes > cache().bytes) {
-      cache().memory.reset(std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment));
-      cache().bytes = cache().memory ? bytes : 0;
-      if (!cache().memory)
-        throw Error(ErrorKind::unsupported,
-                    "there is no memory for a workspace of " + std::to_string(bytes) + " bytes");
-    }
-  }
-  ~Workspace() {
-    if (cache().bytes > kKeep) cache() = {};
-  }
-  void* data() const { return cache().memory.get(); }
-
- private:
-  static constexpr size_t kAlignment = 4096, kKeep = size_t{64} << 20;
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  struct Cache {
-    std::unique_ptr<void, Free> memory;
-    size_t bytes = 0;
-  };
-  static Cache& cache() {
-    static thread_local Cache cache;
-    return cache;
-  }
-};
-
-template <class F>
-auto with_prefixed_errors(F&& f) {
-  try {
-    return f();
-  } catch (const Error& e) {
-    const char* kinds[] = {"invalid_argument", "unsupported", "cuda"};
-    throw std::runtime_error(std::string("natten[") + kinds[int(e.kind())] + "] " + e.what());
-  }
-}
-
 std::tuple<Tensor, Tensor> na_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor bias, OptionalTensor extra_k,
                                   OptionalTensor extra_v, Ints window, Ints stride, Ints dilation,
                                   std::vector<bool> causal, double scale, bool oversize, std::string plan_text) {
   return with_prefixed_errors([&]() -> std::tuple<Tensor, Tensor> {
     const Parameters par{window, stride, dilation, causal, scale, oversize, plan_text};
+    const DeviceScope device(q);
     const Inputs in = make_inputs(q, k, v, bias, extra_k, extra_v);
     const natten::Problem p = in.problem(par);
-    const natten::Plan plan = choose_plan(p, natten::Pass::forward, natten::DeviceKind::cpu, par.plan);
+    const natten::Plan plan = choose_plan(p, natten::Pass::forward, device.kind(), par.plan);
     Tensor out = empty(q, in.on_grid(par.rank(), {p.heads, p.head_dim_v}));
     Tensor lse = empty(q, in.on_grid(par.rank(), {p.heads}), lse_dtype(q));
     natten::ForwardArgs args;
     in.fill(args, par.rank());
     args.out = grid_view(out, par.rank());
     args.lse = grid_view(lse, par.rank());
-    const natten::Executor executor = torch_executor(p);
-    const Workspace workspace(workspace_bytes(p, natten::Pass::forward, plan, executor.num_threads));
+    const natten::Executor executor = device.is_cuda() ? device.stream_executor() : torch_executor(p);
+    const Workspace workspace(device, workspace_bytes(p, natten::Pass::forward, plan, executor.num_threads));
     forward(p, args, plan, executor, workspace.data());
     return {out, lse};
   });
@@ -315,35 +142,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_bwd(Tensor dout, O
   return with_prefixed_errors([&]() -> std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> {
     const Parameters par{window, stride, dilation, causal, scale, oversize, plan_text};
     const int64_t rank = par.rank();
+    const DeviceScope device(q);
     const Inputs in = make_inputs(q, k, v, bias, extra_k, extra_v);
     const natten::Problem p = in.problem(par);
-    const natten::Plan plan = choose_plan(p, natten::Pass::backward, natten::DeviceKind::cpu, par.plan);
+    const natten::Plan plan = choose_plan(p, natten::Pass::backward, device.kind(), par.plan);
     for (auto [name, t] : {std::pair{"out", &out}, {"dout", &dout}}) {
       in.check_alike(name, *t);
-      Inputs::check_shape(name, *t, in.on_grid(rank, {p.heads, p.head_dim_v}));
+      check_shape(name, *t, in.on_grid(rank, {p.heads, p.head_dim_v}));
     }
     for (auto [name, t] : {std::pair{"lse", &lse}, {"dlse", dlse ? &*dlse : &lse}}) {
+      check_device(name, *t, q);
       if (t->scalar_type() != lse_dtype(q)) fail(std::string(name) + " must be float32, or float64 for float64 inputs");
-      Inputs::check_shape(name, *t, in.on_grid(rank, {p.heads}));
+      check_shape(name, *t, in.on_grid(rank, {p.heads}));
     }
     dout = with_unit_last_stride(dout), out = with_unit_last_stride(out);
     natten::BackwardArgs args;
     in.fill(args, rank);
     args.out = grid_view(out, rank), args.lse = grid_view(lse, rank), args.dout = grid_view(dout, rank);
     if (dlse) args.dlse = grid_view(*dlse, rank);
-    auto empty_like = [&](const OptionalTensor& t) {
-      Ints sizes{0};
-      if (t) sizes.clear();
-      for (int64_t d = 0; t && d < t->dim(); ++d) sizes.push_back(t->size(d));
-      return empty(q, sizes);
-    };
-    Tensor dq = empty_like(q), dk = empty_like(k), dv = empty_like(v), dbias = empty_like(bias);
-    Tensor dextra_k = empty_like(extra_k), dextra_v = empty_like(extra_v);
+    Tensor dq = empty_like(q, q), dk = empty_like(k, q), dv = empty_like(v, q), dbias = empty_like(bias, q);
+    Tensor dextra_k = empty_like(extra_k, q), dextra_v = empty_like(extra_v, q);
     args.dq = grid_view(dq, rank), args.dk = grid_view(dk, rank), args.dv = grid_view(dv, rank);
     if (bias) args.dbias = bias_view(dbias, rank);
     if (extra_k) args.dextra_k = extra_view(dextra_k), args.dextra_v = extra_view(dextra_v);
-    const natten::Executor executor = torch_executor(p);
-    const Workspace workspace(workspace_bytes(p, natten::Pass::backward, plan, executor.num_threads));
+    const natten::Executor executor = device.is_cuda() ? device.stream_executor() : torch_executor(p);
+    const Workspace workspace(device, workspace_bytes(p, natten::Pass::backward, plan, executor.num_threads));
     backward(p, args, plan, executor, workspace.data());
     return {dq, dk, dv, dbias, dextra_k, dextra_v};
   });
@@ -360,10 +183,9 @@ Tensor key_spans(int64_t extent, int64_t window, int64_t stride, int64_t dilatio
     const Tensor table = torch::stable::empty_cpu({extent, 2}, ScalarType::Long);
     int64_t* row = static_cast<int64_t*>(table.data_ptr());
     for (int64_t token = 0; token < extent; ++token, row += 2) {
-      const int r = int(token % dilation);
-      const natten::Span keys = natten::key_span(natten::group_axis(p.axes[2], r), int(token / dilation));
-      row[0] = r + dilation * keys.begin;
-      row[1] = keys.size();
+      const natten::TokenKeys keys = natten::token_keys(p.axes[2], int(token));
+      row[0] = keys.first;
+      row[1] = keys.count;
     }
     return table;
   });
@@ -371,8 +193,8 @@ Tensor key_spans(int64_t extent, int64_t window, int64_t stride, int64_t dilatio
 
 }  // namespace
 
-#define NATTEN_OPERATOR \
-  "SymInt[] window, SymInt[] stride, SymInt[] dilation, bool[] causal, float scale, bool oversize, str plan"
+#define NATTEN_WINDOWS "SymInt[] window, SymInt[] stride, SymInt[] dilation, bool[] causal, "
+#define NATTEN_OPERATOR NATTEN_WINDOWS "float scale, bool oversize, str plan"
 NATTEN_LIBRARY(NATTEN_OP_NAMESPACE, m) {
   m.def("na_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? extra_k, Tensor? extra_v, " NATTEN_OPERATOR
         ") -> (Tensor out, Tensor lse)");
@@ -380,9 +202,21 @@ NATTEN_LIBRARY(NATTEN_OP_NAMESPACE, m) {
       "na_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? extra_k, Tensor? extra_v, "
       "Tensor out, Tensor lse, " NATTEN_OPERATOR
       ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dextra_k, Tensor dextra_v)");
+  // unfused.cpp
+  m.def("na_qk(Tensor q, Tensor k, Tensor? bias, Tensor? extra_k, " NATTEN_WINDOWS
+        "float scale, float unused, bool oversize, str plan) -> Tensor attn");
+  m.def("na_qk_bwd(Tensor dattn, Tensor q, Tensor k, Tensor? bias, Tensor? extra_k, " NATTEN_OPERATOR
+        ") -> (Tensor dq, Tensor dk, Tensor dbias, Tensor dextra_k)");
+  m.def("na_av(Tensor attn, Tensor v, Tensor? extra_v, " NATTEN_WINDOWS "bool oversize, str plan) -> Tensor out");
+  m.def("na_av_bwd(Tensor dout, Tensor attn, Tensor v, Tensor? extra_v, " NATTEN_WINDOWS
+        "bool oversize, str plan) -> (Tensor dattn, Tensor dv, Tensor dextra_v)");
   m.def("key_spans(SymInt extent, SymInt window, SymInt stride, SymInt dilation, bool causal) -> Tensor");
 }
 NATTEN_LIBRARY_IMPL(NATTEN_OP_NAMESPACE, CPU, m) {
+  m.impl("na_fwd", TORCH_BOX(&na_fwd));
+  m.impl("na_bwd", TORCH_BOX(&na_bwd));
+}
+NATTEN_LIBRARY_IMPL(NATTEN_OP_NAMESPACE, CUDA, m) {
   m.impl("na_fwd", TORCH_BOX(&na_fwd));
   m.impl("na_bwd", TORCH_BOX(&na_bwd));
 }

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: MIT
 // What the binding uses of torch's stable ABI (torch >= 2.10), declared here, so that building needs no torch.
 // torch_shim.h has the C functions (they live in libtorch_cpu.so and are covered by torch's ABI promise); this file
-// wraps them in a subset of torch/csrc/stable under torch's own names. binding.cpp is the only file that includes it.
+// wraps them in a subset of torch/csrc/stable under torch's own names. Only binding.cpp and device.cpp include it.
 #pragma once
 #include <algorithm>
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <span>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -73,10 +74,7 @@ class Tensor {  // shared ownership of one handle
     TORCH_SUBSET_CALL(aoti_torch_get_size(get(), d, &n));
     return n;
   }
-  std::vector<int64_t> strides() const {
-    auto* p = get<int64_t*>(aoti_torch_get_strides);
-    return {p, p + dim()};
-  }
+  std::span<const int64_t> strides() const { return {get<int64_t*>(aoti_torch_get_strides), size_t(dim())}; }
   int32_t get_device_index() const { return get<int32_t>(aoti_torch_get_device_index); }
   Device device() const { return {get<int32_t>(aoti_torch_get_device_type), get_device_index()}; }
   ScalarType scalar_type() const {
@@ -152,6 +150,7 @@ struct Take<std::vector<T>> {
     size_t size = 0;
     TORCH_SUBSET_CALL(torch_list_size(list.get(), &size));
     std::vector<T> out;
+    out.reserve(size);
     for (size_t i = 0; i < size; ++i) {
       StableIValue item;
       TORCH_SUBSET_CALL(torch_list_get_item(list.get(), i, &item));

@@ -78,6 +78,16 @@ NATTEN_HD constexpr Span key_span(const Axis& g, int p) {
   return {begin, begin + g.window};
 }
 
+/// The keys of a token of the axis itself: `count` tokens from `first` on, `a.dilation` apart.
+struct TokenKeys {
+  int first, count;
+};
+NATTEN_HD constexpr TokenKeys token_keys(const Axis& a, int token) {
+  const int residue = token % a.dilation;
+  const Span keys = key_span(group_axis(a, residue), token / a.dilation);
+  return {residue + a.dilation * keys.begin, keys.size()};
+}
+
 /// Queries that see the key at position p: the exact inverse of `key_span`. Never empty unless the window is.
 NATTEN_HD constexpr Span query_span(const Axis& g, int p) {
   if (g.window == 0) return {0, 0};

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Neighborhood attention for torch, on the CPU: every query attends to the keys nearest to it.
+"""Neighborhood attention for torch, on CPU and GPU: every query attends to the keys nearest to it.
 
 Start with `na1d`, `na2d`, `na3d` (tensors, heads last) or `NeighborhoodAttention1D`, `...2D`, `...3D` (layers).
 """
 
-from . import context, functional, modules
+from . import _legacy, context, functional, modules, unfused
 from ._library import HAS_LIBNATTEN
 from ._version import __version__
 from .context import (
@@ -27,6 +27,7 @@ from .context import (
 from .functional import attention, merge_attentions, na1d, na2d, na3d
 from .modules import NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D
 from .plans import list_plans, list_rejections
+from .unfused import indices
 
 __all__ = [
     "HAS_LIBNATTEN",
@@ -43,6 +44,7 @@ __all__ = [
     "disable_flex_compile_backprop",
     "functional",
     "get_memory_usage_preference",
+    "indices",
     "is_flex_compile_allowed",
     "is_flex_compile_backprop_allowed",
     "is_kv_parallelism_in_fused_na_enabled",
@@ -57,6 +59,13 @@ __all__ = [
     "na2d",
     "na3d",
     "set_memory_usage_preference",
+    "unfused",
     "use_deterministic_algorithms",
     "use_kv_parallelism_in_fused_na",
 ]
+
+__path__.append(_legacy.FOLDER)
+
+
+def __getattr__(name: str):
+    return _legacy.attribute(__name__, name)

@@ -11,6 +11,7 @@ from ._errors import WrongType
 
 AXES = {1: ("x",), 2: ("y", "x"), 3: ("z", "y", "x")}  # as the core calls them, slowest first
 _INT64 = 2**63
+_NUMBERS = (int, bool)
 _BOOLEANS = ("bool", "bool_")  # Python's and numpy's
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -27,7 +28,7 @@ def _is_sequence(value) -> bool:
 
 def _per_axis(name: str, value, rank: int, convert) -> list:
     """One entry per axis of `value`, which is an entry for all axes or a sequence of them."""
-    if not _is_sequence(value):
+    if type(value) in _NUMBERS or not _is_sequence(value):
         return [convert(name, value)] * rank
     if len(value) != rank:
         axes = ", ".join(AXES[rank])
@@ -38,6 +39,8 @@ def _per_axis(name: str, value, rank: int, convert) -> list:
 
 
 def integer(name: str, value):
+    if type(value) is int and -_INT64 <= value < _INT64:  # nearly always, and the sooner the better
+        return value
     if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
         if -_INT64 <= value < _INT64:
             return value
@@ -49,6 +52,8 @@ def integer(name: str, value):
 
 
 def _boolean(name: str, value) -> bool:
+    if value is True or value is False:
+        return value
     if not isinstance(value, bool) and type(value).__name__ not in _BOOLEANS:
         raise WrongType(f"{name} must be a bool or a sequence of bools, got {_shown(value)}")
     return bool(value)
@@ -59,46 +64,14 @@ def _shown(value) -> str:
     return f"{value!r:.60}" if plain else type(value).__name__
 
 
-def integers(name: str, value, rank: int, default: int = 1) -> list:
-    """Strides and dilations; None is the default."""
-    return [default] * rank if value is None else _per_axis(name, value, rank, integer)
+def integers(name: str, value, rank: int, default: int | None = 1) -> list:
+    """One per axis; None is the default, or where there is none a wrong type."""
+    return [default] * rank if value is None and default is not None else _per_axis(name, value, rank, integer)
 
 
 def booleans(name: str, value, rank: int) -> list[bool]:
     """Causal flags; None is False."""
     return [False] * rank if value is None else _per_axis(name, value, rank, _boolean)
-
-
-def windows(kernel_size, extents, dilation: list, oversize: str = "clamp") -> list:
-    """The window of every axis; -1 is the whole axis, that is all of the longest group if it is dilated."""
-    rank, window = len(extents), _per_axis("kernel_size", kernel_size, len(extents), integer)
-    for i in range(rank):
-        if window[i] == -1:
-            window[i] = max(1, -(-extents[i] // max(1, dilation[i])))
-        elif window[i] < 1:
-            raise ValueError(
-                f"kernel_size is {window[i]} on axis {AXES[rank][i]}: give at least 1, or -1 for the whole axis"
-            )
-        elif window[i] == 1 and oversize == "error":  # the strict mode is that of the original
-            raise ValueError(
-                f"kernel_size is 1 on axis {AXES[rank][i]}: oversize='error' wants at least 2, drop it to use 1"
-            )
-    return window
-
-
-def whole_axes(kernel_size, rank: int) -> list:
-    """Per axis, whether the window was given as -1."""
-    return [size == -1 for size in _per_axis("kernel_size", kernel_size, rank, integer)]
-
-
-def refuse_oversize(extents, window, dilation, whole) -> None:
-    """What the core does for oversize="error", where some axes (-1) fit whatever their length."""
-    for axis, n, w, d, fits in zip(AXES[len(extents)], extents, window, dilation, whole, strict=True):
-        if not fits and w * d > n:
-            raise ValueError(
-                f"kernel_size {w} with dilation {d} needs {w * d} tokens on axis {axis}, but the grid has {n} there: "
-                "choose a smaller kernel_size or dilation, or drop oversize='error'"
-            )
 
 
 def scale_or_default(scale, head_dim):
@@ -110,6 +83,14 @@ def scale_or_default(scale, head_dim):
     if not isinstance(scale, bool | torch.Tensor | str) and hasattr(scale, "__float__"):
         return float(scale)
     raise WrongType(f"scale must be a number or None, got {_shown(scale)}")
+
+
+def probability(name: str, value) -> float:
+    if isinstance(value, bool | torch.Tensor | str) or not hasattr(value, "__float__"):
+        raise WrongType(f"{name} must be a number, got {_shown(value)}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} {value} must be at least 0 and at most 1")
+    return float(value)
 
 
 def flag(name: str, value) -> bool:
@@ -129,6 +110,22 @@ def dense_tensor(name: str, x, function: str, axes: tuple[str, ...]) -> None:
         raise ValueError(
             f"{function} expects {name} to have {len(axes)} dimensions [{', '.join(axes)}], got {x.dim()}: {_shape(x)}"
         )
+
+
+def are_plain(dims: int, query, key, value) -> bool:
+    """Whether every check below would pass, as nearly always: dense tensors of `dims` dimensions that agree in an
+    engine's dtype and in device, with unit last strides. False means only that they have to be looked at one by one."""
+    if not type(query) is type(key) is type(value) is torch.Tensor:
+        return False
+    return (
+        query.dtype is key.dtype is value.dtype
+        and query.dtype in DTYPES
+        and query.device == key.device == value.device
+        and query.layout is key.layout is value.layout is torch.strided
+        and not (query.is_nested or key.is_nested or value.is_nested)
+        and query.dim() == key.dim() == value.dim() == dims
+        and all(x.is_contiguous() or x.stride(-1) == 1 for x in (query, key, value))
+    )
 
 
 def tensors_agree(function: str, first: tuple[str, torch.Tensor], *others: tuple[str, torch.Tensor | None]) -> None:
@@ -163,3 +160,17 @@ def same_sizes(function: str, names: tuple[str, str], x, y, axes: tuple[tuple[st
 
 def _shape(x: torch.Tensor) -> str:
     return f"[{', '.join(str(n) for n in x.shape)}]"
+
+
+def autocast(query, *others):
+    """Under torch.autocast all but float64 tensors in its dtype."""
+    # NOTE: here and not at an Autocast dispatch key: three public calls, and Dynamo traces them.
+    if not is_autocast(query):
+        return query, *others
+    dtype = torch.get_autocast_dtype(query.device.type)
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (query, *others))
+
+
+def is_autocast(query) -> bool:
+    kind = "cpu" if query.is_cpu else query.device.type  # the latter makes a string, 0.3 us
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # which it refuses to answer for meta

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Windows by plain torch ops: gathers the keys of every query, so that anything may be composed of them.
 
-Serves what the engines do not do: second derivatives and tangents (_second_order.py) and dropout (_unfused.py). Memory
-is O(queries * keys of a window * head_dim). The windows come from the op `key_spans`, that is from neighborhood.h.
+Serves what the engines do not do: second derivatives and tangents (_second_order.py), pictures (viz.py) and the export
+to ONNX. Memory is O(queries * keys of a window * head_dim). The windows come from the op `key_spans`, that is from
+neighborhood.h.
 
 NOTE: products, sums, reshape and narrow: gradcheck's batched checks use the old vmap, which lacks einsum, flatten and
 slices that keep everything.
@@ -14,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from ._library import KEY_SPANS
+from ._geometry import in_full
+from ._library import KEY_SPANS, key_spans
 
 
 class Windows(NamedTuple):
@@ -32,7 +34,7 @@ def windows(extent, window, stride, dilation, causal, device) -> Windows:
     if window[0] == 0:  # cross attention: no keys on the grid
         none = zero.new_zeros(math.prod(extent), 0)
         return Windows(none, none == 0, none)
-    for n, *parameters in zip(extent, window, stride, dilation, causal, strict=True):
+    for n, *parameters in zip(extent, *in_full(window, stride, dilation, causal), strict=True):
         axis = _axis_windows(n, *parameters, device)
         shape = key.shape[0] * n, key.shape[1] * axis.key.shape[1]
         key = (key[:, None, :, None] * n + axis.key[None, :, None]).reshape(shape)
@@ -42,12 +44,24 @@ def windows(extent, window, stride, dilation, causal, device) -> Windows:
 
 
 def _axis_windows(extent, window, stride, dilation, causal, device) -> Windows:
-    spans = KEY_SPANS(extent, window, stride, dilation, causal).to(device)
+    spans = _key_spans(extent, window, stride, dilation, causal).to(device)
     slot = torch.arange(min(window, -(-extent // dilation)), device=device)
     query = torch.arange(extent, device=device)[:, None]
     used = slot < spans[:, 1:]
     key = torch.where(used, spans[:, :1] + dilation * slot, query)
     return Windows(key, used, torch.div(key - query, dilation, rounding_mode="floor") + window - 1)
+
+
+def _key_spans(*axis) -> torch.Tensor:
+    if not in_onnx_export():
+        return KEY_SPANS(*axis)
+    if not all(isinstance(x, int) for x in axis):
+        raise ValueError("the ONNX export needs a grid and windows of fixed size: only the batch may be dynamic")
+    return torch.tensor(key_spans(*axis))  # a constant of the graph, which knows no op of ours
+
+
+def in_onnx_export() -> bool:
+    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
 
 
 class Gathered(NamedTuple):
@@ -57,7 +71,15 @@ class Gathered(NamedTuple):
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    logits: torch.Tensor  # [B, L, M, H]; -inf in unused slots
     p: torch.Tensor  # [B, L, M, H]: the probabilities
+
+
+def attend(q, k, v, *arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the op na_fwd does, for exporters to formats that know only torch's ops."""
+    x = gather(q, k, v, *arguments)
+    out, lse = mix(x.p, x.v), x.logits.logsumexp(2)
+    return out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype), lse.reshape(q.shape[:-1])
 
 
 def gather(q, k, v, bias, extra_k, extra_v, window, stride, dilation, causal, scale, *_) -> Gathered:
@@ -70,7 +92,8 @@ def gather(q, k, v, bias, extra_k, extra_v, window, stride, dilation, causal, sc
     if bias is not None:
         logits = logits + bias_of(bias, where, num_extra)
     unused = ~torch.cat([where.used, where.used.new_ones(where.used.shape[0], num_extra)], 1)
-    return Gathered(where, rows, kw, vw, logits.masked_fill(unused[:, :, None], -torch.inf).softmax(2))
+    logits = logits.masked_fill(unused[:, :, None], -torch.inf)
+    return Gathered(where, rows, kw, vw, logits, logits.softmax(2))
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ Nothing here raises at import time: without the library `HAS_LIBNATTEN` is False
 in for every op. The C functions are reached by ctypes, only when somebody asks (info, plans, pair counts).
 """
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -12,6 +13,8 @@ import os
 from pathlib import Path
 
 import torch
+
+from ._geometry import in_full
 
 NAMESPACE = "natten"  # a hub build, which may live beside an installed copy, changes this one word
 _HOW_TO_BUILD = (
@@ -56,6 +59,7 @@ def _op(name: str):
 
 
 NA_FWD, NA_BWD, KEY_SPANS = _op("na_fwd"), _op("na_bwd"), _op("key_spans")
+NA_QK, NA_QK_BWD, NA_AV, NA_AV_BWD = _op("na_qk"), _op("na_qk_bwd"), _op("na_av"), _op("na_av_bwd")
 
 
 @functools.cache
@@ -68,8 +72,12 @@ def _c_functions() -> ctypes.CDLL:
     library.natten_info.restype = ctypes.c_char_p
     library.natten_num_pairs.argtypes = [ctypes.c_int, sizes, sizes, sizes, sizes, flags]
     library.natten_num_pairs.restype = ctypes.c_int64
+    library.natten_token_keys.argtypes = [*[ctypes.c_int64] * 4, ctypes.c_int, ctypes.c_int64, sizes]
+    library.natten_token_keys.restype = None
     numbers = [ctypes.c_int] * 6
-    library.natten_list_plans.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, *[sizes] * 4, flags, *numbers]
+    library.natten_list_plans.argtypes = [
+        ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int, *[sizes] * 4, flags, *numbers
+    ]  # fmt: skip
     library.natten_list_plans.restype = ctypes.c_char_p
     return library
 
@@ -79,8 +87,9 @@ def _cut(number) -> int:
     return max(-(2**31), min(int(number), 2**31 - 1))
 
 
-def _axes(extent, window, stride, dilation, causal):
+def _axes(extent, *axes):
     rank = len(extent)
+    window, stride, dilation, causal = in_full(*axes)
     sizes = [(ctypes.c_int64 * rank)(*(_cut(x) for x in xs)) for xs in (extent, window, stride, dilation)]
     return rank, *sizes, (ctypes.c_int32 * rank)(*(int(x) for x in causal))
 
@@ -95,13 +104,25 @@ def num_pairs(extent, window, stride, dilation, causal) -> int:
     return _c_functions().natten_num_pairs(*_axes(extent, window, stride, dilation, causal))
 
 
-def plans(backward: bool, dtype: torch.dtype, geometry: tuple, numbers: tuple) -> dict:
-    """{"plans": [...], "rejections": [{"name", "reason"}, ...]} of a problem on the CPU, best plan first, or {"error"}.
+def key_spans(extent: int, window: int, stride: int, dilation: int, causal: bool) -> list[list[int]]:
+    """What the op `key_spans` gives, as numbers: for each token of an axis its first key and how many there are."""
+    rows, row = [], (ctypes.c_int64 * 2)()
+    for token in range(extent):
+        _c_functions().natten_token_keys(extent, window, stride, dilation, causal, token, row)
+        rows.append(list(row))
+    return rows
+
+
+def plans(backward: bool, device: torch.device, dtype: torch.dtype, geometry: tuple, numbers: tuple) -> dict:
+    """{"plans": [...], "rejections": [{"name", "reason"}, ...]} of a problem, best plan first, or {"error"}. Any device
+    but CUDA stands for the CPU.
 
     geometry: (extent, window, stride, dilation, causal). numbers: (heads, heads_kv, head_dim, head_dim_v, additional
     keys, whether there is a bias).
     """
     if dtype not in _DTYPES:
         raise NotImplementedError(f"natten has no engine for {dtype}: use one of {', '.join(_DTYPES.values())}")
-    arguments = int(backward), _DTYPES[dtype].encode(), *_axes(*geometry), *(_cut(x) for x in numbers)
-    return json.loads(_c_functions().natten_list_plans(*arguments))
+    on_cuda = device.type == "cuda"
+    arguments = int(backward), on_cuda, _DTYPES[dtype].encode(), *_axes(*geometry), *(_cut(x) for x in numbers)
+    with torch.cuda.device(device) if on_cuda else contextlib.nullcontext():
+        return json.loads(_c_functions().natten_list_plans(*arguments))

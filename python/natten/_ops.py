@@ -13,7 +13,8 @@ import torch
 
 from ._batching import fold_rule
 from ._errors import translated
-from ._library import HAS_LIBNATTEN, KEY_SPANS, NA_BWD, NA_FWD, NAMESPACE
+from ._gather import attend, in_onnx_export
+from ._library import HAS_LIBNATTEN, KEY_SPANS, NA_BWD, NA_FWD, NAMESPACE, refuse
 from ._registration import register
 from ._second_order import hvp, jvp
 
@@ -39,7 +40,7 @@ def _bwd(dout, dlse, x, out, lse, options):
     *geometry, plan = options
     dout = torch.zeros_like(out) if dout is None else with_unit_last_stride(dout)
     try:
-        gradients = NA_BWD(dout, dlse, *x, out, lse, *geometry, backward_plan(plan))
+        gradients = na_bwd(dout, dlse, *x, out, lse, *geometry, backward_plan(plan))
     except (RuntimeError, ValueError) as error:
         raise translated(error, out.device.type) from None
     return tuple(None if y is None else g for y, g in zip(x, gradients, strict=True))
@@ -101,7 +102,11 @@ def _fake_bwd(dout, dlse, q, k, v, bias, extra_k, extra_v, out, lse, *options):
 
 
 def _fake_key_spans(extent, window, stride, dilation, causal):
-    return torch.empty(extent, 2, dtype=torch.int64)
+    return torch.empty(extent, 2, dtype=torch.int64, device="cpu")  # whatever the default device is
+
+
+def _traced_fwd(*args):
+    return attend(*args) if in_onnx_export() else NA_FWD(*args)
 
 
 if HAS_LIBNATTEN:
@@ -113,5 +118,7 @@ if HAS_LIBNATTEN:
     Forward.vmap = staticmethod(fold_rule(NA_FWD, 3, (-2, -2, -2, 0, -2, -2), (-2, -1)))
     Backward.vmap = staticmethod(fold_rule(NA_BWD, 5, (-2, -1, -2, -2, -2, 0, -2, -2, -2, -1), (-2, -2, -2, 0, -2, -2)))
     _registrations = torch.library.Library(NAMESPACE, "IMPL")  # NOTE: they die with this object
-    register(_registrations, NA_FWD, Forward)
-    register(_registrations, NA_BWD, Backward)
+    na_fwd = register(_registrations, NA_FWD, Forward, traced=_traced_fwd)
+    na_bwd = register(_registrations, NA_BWD, Backward)
+else:
+    na_fwd = na_bwd = refuse

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 """How a C++ op becomes differentiable and transformable. Knows nothing of attention; one function, `register`.
 
-The rules stand in one public torch.autograd.Function (setup_context, backward, jvp, vmap), and the *op* calls it from
-two dispatch keys, so Dynamo, export and make_fx see one opaque op and never the Function:
+The rules stand in public torch.autograd.Functions (setup_context, backward, jvp, vmap), and the *op* calls one of them
+from two dispatch keys, so Dynamo, export and make_fx see one opaque op and never a Function:
 
     functorch transform active   FuncTorchDynamicLayerFrontMode -> Function.apply -> functorch's documented path
     otherwise                    Autograd                       -> Function.apply -> backward and forward mode
     nothing to differentiate     Autograd                       -> straight to the C++ kernel
 
-The Function's forward calls the op again with autograd switched off, so that modes and fake tensors below see it.
+A Function's forward calls the op again with autograd switched off, so that modes and fake tensors below see it.
 """
 
 import torch
@@ -19,22 +19,47 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 _RULES = ("setup_context", "backward", "jvp", "vmap")
 
 
-def register(library: torch.library.Library, op, rules: type) -> None:
-    """Gives `op` the rules of the class `rules`: static methods as those of torch.autograd.Function."""
+def register(library: torch.library.Library, op, rules: type, traced=None):
+    """Gives `op` the rules of the class `rules`: static methods as those of torch.autograd.Function.
+
+    Returns a function that does what the op does, and in eager mode spares the dispatcher's way through Python: half
+    of a call that records. `traced` is what torch.compile and torch.export see in its place; None is the op.
+    """
 
     def below(*args):
         with _below_autograd():
             return op(*args)
 
+    def recording_forward(ctx, *args):
+        outputs = below(*args)
+        rules.setup_context(ctx, args, outputs)
+        return outputs
+
+    # NOTE: torch.func wants setup_context apart from forward; such a Function reads the signature of its forward at
+    # each call, which takes 20 us, so the one that records has them in one.
     name = op.name().split("::")[1].split(".")[0]
     members = {rule: staticmethod(getattr(rules, rule)) for rule in _RULES}
-    function = type(name, (torch.autograd.Function,), {"forward": staticmethod(below), **members})
+    transformable = type(name, (torch.autograd.Function,), {"forward": staticmethod(below), **members})
+    del members["setup_context"], members["vmap"]
+    recording = type(name, (torch.autograd.Function,), {"forward": staticmethod(recording_forward), **members})
 
     def autograd(*args):
-        return function.apply(*args) if _differentiates(args) else below(*args)
+        return recording.apply(*args) if _differentiates(args) else below(*args)
+
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return (traced or op)(*args)
+        if torch.is_inference_mode_enabled() or _is_transformed():
+            return op(*args)
+        return autograd(*args)
 
     library.impl(name, autograd, "Autograd")
-    library.impl(name, function.apply, "FuncTorchDynamicLayerFrontMode")
+    library.impl(name, transformable.apply, "FuncTorchDynamicLayerFrontMode")
+    return call
+
+
+# NOTE: private, and what torch.autograd.Function itself asks; a torch without the name goes through the dispatcher.
+_is_transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def _differentiates(args) -> bool:

@@ -11,6 +11,8 @@ import warnings
 
 import torch
 
+from . import _legacy
+
 _OVERSIZE = ("clamp", "error", "pad")
 _LAYOUT_CHECKS = ("warn", "error", "off")
 
@@ -31,6 +33,11 @@ class NattenContext:
     memory_preference: MemoryUsagePreference
     flex_compile: bool
     flex_compile_backprop: bool
+    # What releases before 0.20 switched; natten.legacy_context has the functions. No engine asks for these.
+    fused: bool
+    tiled: bool
+    gemm: bool
+    tf32_in_gemm: bool
 
     @classmethod
     def reset(cls) -> None:
@@ -42,9 +49,34 @@ class NattenContext:
         cls.memory_preference = MemoryUsagePreference.Default
         cls.flex_compile = False
         cls.flex_compile_backprop = False
+        cls.fused = False
+        cls.tiled = cls.gemm = cls.tf32_in_gemm = True
+
+
+class AutotunerContext:
+    """The state of the autotuner of releases before 0.20; here plans are chosen by a model, not by trial."""
+
+    forward: bool
+    backward: bool
+    thorough_forward: bool
+    thorough_backward: bool
+    warmup_steps_forward: int
+    warmup_steps_backward: int
+    steps_forward: int
+    steps_backward: int
+
+    @classmethod
+    def reset(cls) -> None:
+        """Back to the state after import."""
+        cls.forward = cls.backward = cls.thorough_forward = cls.thorough_backward = False
+        cls.warmup_steps_forward = cls.warmup_steps_backward = cls.steps_forward = cls.steps_backward = 5
 
 
 NattenContext.reset()
+AutotunerContext.reset()
+
+
+__getattr__ = _legacy.finder(__name__, "legacy_context")
 
 
 def check_oversize(mode: str | None) -> str | None:
@@ -102,6 +134,7 @@ def use_deterministic_algorithms(mode: bool = True) -> None:
     NattenContext.deterministic = _checked("use_deterministic_algorithms", mode)
     if mode:
         NattenContext.kv_parallelism = False
+        AutotunerContext.forward = AutotunerContext.backward = False
 
 
 def are_deterministic_algorithms_enabled() -> bool:

@@ -11,7 +11,7 @@ import math
 
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _library
+from . import _legacy, _library
 
 
 def _pairs(q, extra_k, window, stride, dilation, causal) -> int:
@@ -35,6 +35,39 @@ def na_bwd_flops(*args, out_shape=None, **kwargs) -> int:
     return 2 * (3 * q[-1] + 2 * v[-1]) * _pairs(q, extra_k, *geometry)
 
 
+def _unfused_pairs(x, extra, geometry) -> int:
+    """Pairs of all samples and heads; `x` is the shape of a tensor with its heads before the grid."""
+    batch, heads, *extent, _ = x
+    pairs = _library.num_pairs(extent, *geometry) if geometry[0][0] > 0 else 0
+    return batch * heads * (pairs + math.prod(extent) * (0 if extra is None else extra[2]))
+
+
+def na_qk_flops(q, k, bias, extra_k, *geometry, out_shape=None, **kwargs) -> int:
+    """Takes the arguments of the op na_qk."""
+    return 2 * q[-1] * _unfused_pairs(q, extra_k, geometry[:4])
+
+
+def na_qk_bwd_flops(dattn, q, k, bias, extra_k, *geometry, out_shape=None, **kwargs) -> int:
+    """Takes the arguments of the op na_qk_bwd."""
+    return 2 * na_qk_flops(q, k, bias, extra_k, *geometry)
+
+
+def na_av_flops(attn, v, extra_v, *geometry, out_shape=None, **kwargs) -> int:
+    """Takes the arguments of the op na_av."""
+    return 2 * v[-1] * _unfused_pairs(attn, extra_v, geometry[:4])
+
+
+def na_av_bwd_flops(dout, attn, v, extra_v, *geometry, out_shape=None, **kwargs) -> int:
+    """Takes the arguments of the op na_av_bwd."""
+    return 2 * na_av_flops(attn, v, extra_v, *geometry)
+
+
 if _library.HAS_LIBNATTEN:
     register_flop_formula(_library.NA_FWD.overloadpacket)(na_fwd_flops)
     register_flop_formula(_library.NA_BWD.overloadpacket)(na_bwd_flops)
+    register_flop_formula(_library.NA_QK.overloadpacket)(na_qk_flops)
+    register_flop_formula(_library.NA_QK_BWD.overloadpacket)(na_qk_bwd_flops)
+    register_flop_formula(_library.NA_AV.overloadpacket)(na_av_flops)
+    register_flop_formula(_library.NA_AV_BWD.overloadpacket)(na_av_bwd_flops)
+
+__getattr__ = _legacy.finder(__name__, "legacy_flops")

@@ -10,17 +10,36 @@ section 3.1 (the operator); "Dilated Neighborhood Attention Transformer", arXiv 
 import warnings
 
 import torch
-from torch.nn.functional import pad as _zero_pad
+from torch.nn.functional import pad as zero_pad
 
 from . import _arguments as args
-from . import _tuning, context
+from . import _legacy, _tracing, _tuning, context
 from ._errors import WrongType, translated
+from ._geometry import geometry_of
 from ._library import NA_FWD
-from ._ops import with_unit_last_stride
+from ._ops import na_fwd, with_unit_last_stride
 from ._varlen import attend_nothing, attend_samples, sample_bounds
 from .merge import merge_attentions
+from .unfused import attend, na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
+from .varlen import na1d_varlen, na2d_varlen, na3d_varlen
 
-__all__ = ["attention", "merge_attentions", "na1d", "na2d", "na3d", "neighborhood_attention_generic"]
+__all__ = [
+    "attention",
+    "merge_attentions",
+    "na1d",
+    "na1d_av",
+    "na1d_qk",
+    "na1d_varlen",
+    "na2d",
+    "na2d_av",
+    "na2d_qk",
+    "na2d_varlen",
+    "na3d",
+    "na3d_av",
+    "na3d_qk",
+    "na3d_varlen",
+    "neighborhood_attention_generic",
+]
 _LAYOUT_CHECKED = ("na1d", "na2d", "na3d")  # not what the modules call: their layout is certain
 
 
@@ -40,6 +59,8 @@ def _neighborhood(
     additional_values=None,
     rpb=None,
     return_lse=False,
+    return_weights=False,
+    attn_drop=0,  # NOTE: an integer, for Dynamo specialises it: a float default would compile every call twice
     backend=None,
     plan=None,
     oversize=None,
@@ -53,31 +74,36 @@ def _neighborhood(
         )
     if tuning:
         _tuning.check(tuning, rank, _tuning.TUNING, name)
-    args.flag("return_lse", return_lse)
-    query, key, value, extra_k, extra_v, rpb = _checked_tensors(
-        name, rank, query, key, value, additional_keys, additional_values, rpb
-    )
-    extents = query.shape[1:-2]
-    stride, dilation = args.integers("stride", stride, rank), args.integers("dilation", dilation, rank)
-    mode = context.resolve_oversize(oversize)
-    window = args.windows(kernel_size, extents, dilation, mode)
-    causal = args.booleans("is_causal", is_causal, rank)
-    if name in _LAYOUT_CHECKED and not torch.compiler.is_compiling():
-        _check_layout(name, query, window)
-    scale = args.scale_or_default(scale, query.shape[-1])
-    whole = args.whole_axes(kernel_size, rank)
-    if mode == "pad":
-        fitted = [0 if fits else w for fits, w in zip(whole, window, strict=True)]
-        query, key, value = _padded(extents, fitted, dilation, query, key, value)
-    strict = mode == "error" and not any(whole)
-    if mode == "error" and not strict:
-        args.refuse_oversize(extents, window, dilation, whole)
-    plan = _tuning.plan_of(backend, plan, query.device)
-    options = window, stride, dilation, causal, scale, not strict, plan
-    out, lse = _run((query, key, value, rpb, extra_k, extra_v), options, backend)
-    if mode == "pad":
-        out, lse = _cropped(extents, out, lse)
+    args.flag("return_lse", return_lse), args.flag("return_weights", return_weights)
+    query, *others = _checked_tensors(name, rank, query, key, value, additional_keys, additional_values, rpb)
+    shape, mode = query.shape, context.resolve_oversize(oversize)
+    geometry = geometry_of(shape, kernel_size, stride, dilation, is_causal, scale, mode)
+    if geometry.looks_heads_first and name in _LAYOUT_CHECKED:
+        _tell_of_layout(name, query)
+    plan = "" if backend is None and plan is None else _tuning.plan_of(backend, plan, query.device)
+    tensors, options = (query, *others), (*geometry.options, plan)
+    if geometry.padding:
+        tensors = *(zero_pad(x, geometry.padding) for x in tensors[:3]), *tensors[3:]
+    if return_weights or attn_drop:
+        dropout_p = args.probability("attn_drop", attn_drop)
+        return _unfused(tensors, options, shape[1:-2], dropout_p, return_lse, return_weights)
+    out, lse = _run(tensors, options, backend)
+    if geometry.padding:
+        out, lse = _cropped(shape[1:-2], 1, out, lse)
     return (out, lse) if return_lse else out
+
+
+def _unfused(tensors, options, extents, dropout_p, return_lse, return_weights):
+    """The same through an attention tensor: with dropout on the weights, or to return them."""
+    *geometry, scale, oversize, plan = options
+    try:
+        out, lse, weights = attend(*tensors, geometry, scale, oversize, plan, dropout_p)
+    except (RuntimeError, ValueError) as error:
+        raise translated(error, tensors[0].device.type) from None
+    out, lse = _cropped(extents, 1, out, lse)
+    (weights,) = _cropped(extents, 2, weights)
+    results = out, *((lse,) if return_lse else ()), *((weights,) if return_weights else ())
+    return results if len(results) > 1 else out
 
 
 @_tuning.with_signature_of(_neighborhood)
@@ -101,6 +127,10 @@ def neighborhood_attention_generic(query, key, value, kernel_size, *too_many, **
         rpb: relative position bias [heads, 2 * kernel_size - 1 per axis], added to the scaled logits at index
             (key - query) / dilation + kernel_size - 1; cast to the dtype of `query`.
         return_lse: also return the logarithm of the softmax's denominator; it is differentiable.
+        return_weights: also return the weights [batch, heads, *grid, slots], see `natten.unfused` for the slots; they
+            are computed in two steps, which takes memory for every window.
+        attn_drop: probability of dropout on the weights, at every call (a layer asks for it in training only); takes
+            the same path.
         backend: a name of the original or one of ours (cpu, reference, portable, sm90); None is the best one.
         plan: a plan or a prefix of one, see `natten.list_plans`.
         oversize: where kernel_size * dilation exceeds an axis: "clamp", "error" or "pad"; see
@@ -109,7 +139,7 @@ def neighborhood_attention_generic(query, key, value, kernel_size, *too_many, **
 
     Returns:
         [batch, *grid, heads, head_dim_v] in the dtype of `query` (under torch.autocast: in its dtype; float64 stays),
-        and with `return_lse` also [batch, *grid, heads], float32 (float64 for float64).
+        and with `return_lse` also [batch, *grid, heads], float32 (float64 for float64); `return_weights` adds those.
 
     Raises:
         TypeError: wrong types (these are ValueErrors too), more than four positional arguments.
@@ -147,7 +177,10 @@ def na3d(query, key, value, kernel_size, *too_many, **options):
 
 
 def _checked_tensors(name, rank, query, key, value, extra_k, extra_v, rpb):
-    """The six tensors, checked for form and agreement, autocast, with unit last strides."""
+    """The six tensors as the ops take them: checked for form and agreement, autocast, with unit last strides."""
+    plain = extra_k is None and extra_v is None and rpb is None and args.are_plain(rank + 3, query, key, value)
+    if plain and not args.is_autocast(query):
+        return query, key, value, None, None, None
     axes = ("batch", *args.AXES[rank], "heads", "head_dim")
     for label, x in (("query", query), ("key", key), ("value", value)):
         args.dense_tensor(label, x, name, axes)
@@ -160,7 +193,7 @@ def _checked_tensors(name, rank, query, key, value, extra_k, extra_v, rpb):
         args.dense_tensor(
             "rpb", rpb, name, ("heads", *(f"2 * kernel_size - 1 along {axis}" for axis in args.AXES[rank]))
         )
-    query, key, value, extra_k, extra_v = _autocast(query, key, value, extra_k, extra_v)
+    query, key, value, extra_k, extra_v = args.autocast(query, key, value, extra_k, extra_v)
     others = ("key", key), ("value", value), ("additional_keys", extra_k), ("additional_values", extra_v)
     args.tensors_agree(name, ("query", query), *others)
     if rpb is not None:
@@ -168,61 +201,33 @@ def _checked_tensors(name, rank, query, key, value, extra_k, extra_v, rpb):
         args.tensors_agree(name, ("query", query), ("rpb", rpb))
     if extra_k is not None:
         extra_k, extra_v = with_unit_last_stride(extra_k), with_unit_last_stride(extra_v)
-    return *map(with_unit_last_stride, (query, key, value)), extra_k, extra_v, rpb
-
-
-def _autocast(query, *others):
-    """Under torch.autocast all but float64 tensors in its dtype."""
-    # NOTE: here and not at an Autocast dispatch key: three public calls, and Dynamo traces them.
-    kind = query.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # which it refuses to answer for meta
-        return query, *others
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (query, *others))
+    return *map(with_unit_last_stride, (query, key, value)), rpb, extra_k, extra_v
 
 
 def _run(tensors, options, backend):
     try:
-        return NA_FWD(*tensors, *options)
+        return _tracing.call(NA_FWD, *tensors, *options) if torch.jit.is_tracing() else na_fwd(*tensors, *options)
     except (RuntimeError, ValueError) as error:
         raise translated(error, tensors[0].device.type, backend) from None
 
 
-def _check_layout(name, query, window) -> None:
-    """Warns of [batch, heads, *grid, head_dim], which would be read with heads for its first axis, and with an axis of
-    the grid for heads. Two signs: the window outgrows that first axis; as many "heads" as the last axis has tokens."""
+def _tell_of_layout(name, query) -> None:
     mode = context.NattenContext.layout_check
-    first, heads = query.shape[1], query.shape[-2]
-    if mode == "off" or heads <= first or first == 0:
+    if mode == "off":
         return
-    outgrown = window[0] > first and heads >= max(4 * first, window[-1])
-    square = len(window) > 1 and heads == query.shape[-3] and heads > 2 * first
-    if not outgrown and not square:
-        return
-    axes = ", ".join(("batch", *args.AXES[len(window)], "heads", "head_dim"))
+    axes = ", ".join(("batch", *args.AXES[query.dim() - 3], "heads", "head_dim"))
     message = (
-        f"{name} reads query {list(query.shape)} as [{axes}], that is with {heads} heads, which looks like a tensor "
-        "with heads first: permute it, or call natten.context.set_layout_check('off') if it is meant so"
+        f"{name} reads query {list(query.shape)} as [{axes}], that is with {query.shape[-2]} heads, which looks like a "
+        "tensor with heads first: permute it, or call natten.context.set_layout_check('off') if it is meant so"
     )
     if mode == "error":
         raise ValueError(message)
     warnings.warn(message, stacklevel=4)
 
 
-def _padded(extents, window, dilation, *tensors):
-    """Zeros on the far side of every axis that is shorter than window * dilation."""
-    missing = [max(0, w * d - n) for n, w, d in zip(extents, window, dilation, strict=True)]
-    if not any(missing):
-        return tensors
-    amounts = [0, 0, 0, 0]  # from the last axis on: head_dim and heads stay
-    for n in reversed(missing):
-        amounts += [0, n]
-    return tuple(_zero_pad(x, amounts) for x in tensors)
-
-
-def _cropped(extents, *tensors):
-    for i, n in enumerate(extents):
-        tensors = tuple(x if x.shape[i + 1] == n else x.narrow(i + 1, 0, n) for x in tensors)
+def _cropped(extents, first_axis, *tensors):
+    for i, n in enumerate(extents, first_axis):
+        tensors = tuple(x if x.shape[i] == n else x.narrow(i, 0, n) for x in tensors)
     return tensors
 
 
@@ -280,7 +285,7 @@ def attention(
     causal, _ = args.flag("is_causal", is_causal), args.flag("return_lse", return_lse)
     for label, x in (("query", query), ("key", key), ("value", value)):
         args.dense_tensor(label, x, "attention", ("batch", "seqlen", "heads", "head_dim"))
-    query, key, value = _autocast(query, key, value)
+    query, key, value = args.autocast(query, key, value)
     args.tensors_agree("attention", ("query", query), ("key", key), ("value", value))
     args.same_sizes("attention", ("query", "key"), query, key, (("batch", 0), ("head_dim", -1)))
     args.same_sizes("attention", ("key", "value"), key, value, (("batch", 0), ("seqlen", 1), ("heads", -2)))
@@ -316,3 +321,6 @@ def _dense(query, key, value, causal, scale, plan, backend):
         none = [x.new_empty(x.shape[0], 0, *x.shape[2:]) for x in (key, value)]
         tensors, window = (query, *none, None, key, value), 0
     return _run(tensors, ([window], [1], [1], [causal], scale, True, plan), backend)
+
+
+__getattr__ = _legacy.finder(__name__, "legacy_functional")

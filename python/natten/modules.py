@@ -10,7 +10,6 @@ from torch import nn
 
 from . import _arguments as args
 from . import context
-from ._unfused import attention_with_dropout
 from .functional import neighborhood_attention_generic
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
@@ -115,11 +114,16 @@ class _NeighborhoodAttention(nn.Module):
             )
         return [2 * window - 1 for window in self.kernel_size]
 
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        # Checkpoints with a bias exist for code that does not ask for one: it was the default of natten 0.14.
+        table = state_dict.get(prefix + "rpb")
+        if self.rpb is None and table is not None and -1 not in self.kernel_size:
+            self.rpb = nn.Parameter(torch.zeros(self.num_heads, *self._bias_sizes()).to(self.qkv.weight))
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, *grid, embed_dim] -> the same shape."""
-        if x.dim() != self.rank + 2:
-            axes = ", ".join(("batch", *args.AXES[self.rank], "channels"))
-            raise ValueError(f"{type(self).__name__} expects [{axes}], got {x.dim()} dimensions: {list(x.shape)}")
+        args.dense_tensor("the input", x, type(self).__name__, ("batch", *args.AXES[self.rank], "channels"))
         if x.shape[-1] != self.embed_dim:
             raise ValueError(
                 f"{type(self).__name__} expects {self.embed_dim} channels, got {x.shape[-1]}: {list(x.shape)}"
@@ -140,7 +144,7 @@ class _NeighborhoodAttention(nn.Module):
         options = {"stride": self.stride, "dilation": self.dilation, "is_causal": self.is_causal, "scale": self.scale}
         options |= {"rpb": self.rpb, "oversize": "clamp" if oversize == "pad" else oversize}
         if self.training and self.attn_drop.p > 0:
-            return attention_with_dropout(q, k, v, self.kernel_size, dropout_p=self.attn_drop.p, **options)
+            options["attn_drop"] = self.attn_drop.p
         return neighborhood_attention_generic(q, k, v, self.kernel_size, **options)
 
     def _padded(self, x):

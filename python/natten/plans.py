@@ -3,6 +3,7 @@
 
 from . import _arguments as args
 from . import _library
+from ._geometry import geometry_of
 
 
 def list_plans(
@@ -18,8 +19,9 @@ def list_plans(
     rpb=None,
     backward=False,
 ) -> list[str]:
-    """The plans of a call on the CPU, best first. Arguments are those of na1d, na2d and na3d; only the sizes and the
-    dtype of tensors matter, so meta tensors will do. With `backward`, the plans of the backward pass.
+    """The plans of a call, best first, on the device of `query`. Arguments are those of na1d, na2d and na3d; only the
+    sizes and the dtype of tensors matter, so meta tensors will do and stand for the CPU. With `backward`, the plans of
+    the backward pass.
 
     Raises ValueError for what is no problem at all, NotImplementedError for a dtype without an engine.
     """
@@ -45,17 +47,14 @@ def list_rejections(
 
 
 def _answer(query, key, value, kernel_size, stride, dilation, is_causal, additional_keys, rpb, backward) -> dict:
-    extents = query.shape[1:-2]
-    rank = len(extents)
-    if rank not in args.AXES:
+    if query.dim() - 3 not in args.AXES:
         raise ValueError(
             f"query must be [batch, *grid, heads, head_dim] with a grid of 1 to 3 axes, got {query.dim()} dimensions"
         )
-    stride, dilation = args.integers("stride", stride, rank), args.integers("dilation", dilation, rank)
-    window, causal = args.windows(kernel_size, extents, dilation), args.booleans("is_causal", is_causal, rank)
+    axes = geometry_of(query.shape, kernel_size, stride, dilation, is_causal).axes
     num_extra = 0 if additional_keys is None else additional_keys.shape[1]
     numbers = query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1], num_extra, rpb is not None
-    answer = _library.plans(backward, query.dtype, (extents, window, stride, dilation, causal), numbers)
+    answer = _library.plans(backward, query.device, query.dtype, (query.shape[1:-2], *axes), numbers)
     if "error" in answer:
         raise ValueError(answer["error"])
     return answer

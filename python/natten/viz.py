@@ -13,6 +13,7 @@ import torch
 from . import _arguments as args
 from . import context
 from ._gather import widened, windows
+from ._geometry import geometry_of
 
 __all__ = ["Window", "layer_window", "query_window"]
 
@@ -47,9 +48,7 @@ def query_window(
     for axis, n, i in zip(args.AXES[rank], grid, index, strict=True):
         if not 0 <= i < n:
             raise ValueError(f"index {i} on axis {axis} must be at least 0 and less than {n}, the tokens there")
-    stride, dilation = args.integers("stride", stride, rank), args.integers("dilation", dilation, rank)
-    window, causal = args.windows(kernel_size, grid, dilation), args.booleans("is_causal", is_causal, rank)
-    seen = windows(grid, window, stride, dilation, causal, query.device)
+    seen = windows(grid, *geometry_of(query.shape, kernel_size, stride, dilation, is_causal).axes, query.device)
     row = 0
     for n, i in zip(grid, index, strict=True):
         row = row * n + i

@@ -3,9 +3,31 @@
 #pragma once
 #include <cstddef>
 
-#include "natten/attention.h"
+#include "natten/unfused.h"
 
 namespace natten {
+
+/// One product of unfused attention: W is an attention tensor, X a tensor of queries, Y one of keys and, behind them,
+/// additional keys; X and Y have `dim` channels. Which one is written depends on the product.
+struct Product {
+  int dim;
+  double scale;
+  TensorView weights;      ///< W
+  TensorView queries;      ///< X
+  TensorView keys, extra;  ///< Y
+  TensorView bias;         ///< may be null
+  double unused = 0;       ///< what slots without a key get
+};
+
+struct UnfusedKernels {
+  void (*list_plans)(const Problem&, PlanList&);
+  size_t (*workspace_bytes)(const Problem&, const Plan&, int num_threads);
+  using Run = void (*)(const Problem&, const Product&, const Plan&, const Executor&, void* workspace);
+  Run scores;         ///< W = scale * X Y^T + bias
+  Run weigh_keys;     ///< X = scale * W Y
+  Run weigh_queries;  ///< Y = scale * W^T X; a null `keys` or `extra` is skipped
+  Run sum_bias;       ///< bias = sums of W over samples and queries
+};
 
 struct Backend {
   const char* name;
@@ -15,6 +37,7 @@ struct Backend {
   size_t (*workspace_bytes)(const Problem&, Pass, const Plan&, int num_threads);
   void (*forward)(const Problem&, const ForwardArgs&, const Plan&, const Executor&, void* workspace);
   void (*backward)(const Problem&, const BackwardArgs&, const Plan&, const Executor&, void* workspace);
+  const UnfusedKernels* unfused = nullptr;  ///< null: this backend has none
 };
 
 namespace reference {
@@ -26,14 +49,17 @@ extern const Backend kBackend;
 namespace cuda_portable {
 extern const Backend kBackend;
 }
+namespace cuda_reference {
+extern const Backend kBackend;
+}
 
 /// All backends of this build, best first.
 inline constexpr const Backend* kBackends[] = {
-#ifdef NATTEN_CUDA_EMULATION
-    &cuda_portable::kBackend,  // tests/cpp/cuda
-#else
     &cpu::kBackend,
     &reference::kBackend,
+#ifdef NATTEN_CUDA
+    &cuda_portable::kBackend,
+    &cuda_reference::kBackend,
 #endif
 };
 

@@ -28,10 +28,37 @@ bool is_known(std::string_view wanted, const PlanList& list) {
   return false;
 }
 
+bool serves(DeviceKind device) {
+  for (const Backend* backend : kBackends)
+    if (backend->device == device) return true;
+  return false;
+}
+
 std::string known_names() {
   std::string names;
   for (const Backend* backend : kBackends) names += (names.empty() ? "" : ", ") + std::string(backend->name);
   return names;
+}
+
+const char* other_device(DeviceKind device) {
+  return device == DeviceKind::cpu ? "it needs CUDA tensors" : "it needs CPU tensors";
+}
+
+Plan choose(const PlanList& list, std::string_view wanted) {
+  if (wanted.empty() && !list.plans.empty()) return list.plans.front();
+  for (const Plan& plan : list.plans)
+    if (matches(to_string(plan), wanted)) return plan;
+  if (!wanted.empty() && !is_known(wanted, list))
+    throw Error(ErrorKind::invalid_argument,
+                "there is no plan '" + std::string(wanted) + "' for this problem; engines: " + known_names());
+  std::string message =
+      wanted.empty() ? "no engine can run this problem" : "plan '" + std::string(wanted) + "' cannot run this problem";
+  const char* separator = ": ";
+  for (const Rejection& rejection : list.rejections) {
+    message += separator + std::string(rejection.name) + ": " + rejection.reason;
+    separator = "; ";
+  }
+  throw Error(wanted.empty() ? ErrorKind::unsupported : ErrorKind::invalid_argument, message);
 }
 
 }  // namespace
@@ -50,28 +77,39 @@ PlanList list_plans(const Problem& problem, Pass pass, DeviceKind device) {
     if (backend->device == device)
       backend->list_plans(problem, pass, list);
     else
-      list.rejections.push_back(
-          {backend->name, device == DeviceKind::cpu ? "it needs CUDA tensors" : "it needs CPU tensors"});
+      list.rejections.push_back({backend->name, other_device(device)});
   }
   return list;
 }
 
 Plan choose_plan(const Problem& problem, Pass pass, DeviceKind device, std::string_view wanted) {
-  const PlanList list = list_plans(problem, pass, device);
-  if (wanted.empty() && !list.plans.empty()) return list.plans.front();
-  for (const Plan& plan : list.plans)
-    if (matches(to_string(plan), wanted)) return plan;
-  if (!wanted.empty() && !is_known(wanted, list))
-    throw Error(ErrorKind::invalid_argument,
-                "there is no plan '" + std::string(wanted) + "' for this problem; engines: " + known_names());
-  std::string message =
-      wanted.empty() ? "no engine can run this problem" : "plan '" + std::string(wanted) + "' cannot run this problem";
-  const char* separator = ": ";
-  for (const Rejection& rejection : list.rejections) {
-    message += separator + std::string(rejection.name) + ": " + rejection.reason;
-    separator = "; ";
+  if (!serves(device))
+    throw Error(ErrorKind::unsupported, "this build has no engine for CUDA tensors: see `python -m natten info`");
+  if (wanted.empty())  // nearly always, and then what comes behind the best plan need not be looked at
+    for (const Backend* backend : kBackends) {
+      if (backend->device != device) continue;
+      PlanList list;
+      backend->list_plans(problem, pass, list);
+      if (!list.plans.empty()) return list.plans.front();
+    }
+  return choose(list_plans(problem, pass, device), wanted);
+}
+
+PlanList list_unfused_plans(const Problem& problem, DeviceKind device) {
+  PlanList list;
+  for (const Backend* backend : kBackends) {
+    if (backend->device != device)
+      list.rejections.push_back({backend->name, other_device(device)});
+    else if (backend->unfused)
+      backend->unfused->list_plans(problem, list);
+    else
+      list.rejections.push_back({backend->name, "it has no unfused operators"});
   }
-  throw Error(wanted.empty() ? ErrorKind::unsupported : ErrorKind::invalid_argument, message);
+  return list;
+}
+
+Plan choose_unfused_plan(const Problem& problem, DeviceKind device, std::string_view wanted) {
+  return choose(list_unfused_plans(problem, device), wanted);
 }
 
 }  // namespace natten

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "natten/error.h"
+#include "natten/unfused.h"
 
 namespace natten {
 namespace {
@@ -84,6 +85,15 @@ void validate(const Problem& p) {
   if (!p.has_window() && p.has_bias)
     fail("kernel_size 0 has no relative positions: drop the bias or give a kernel_size");
   validate_counts(p);
+}
+
+void validate_unfused(const Problem& p) {
+  validate(p);
+  double slots = p.has_window() ? 1 : 0;
+  for (const Axis& a : p.axes) slots *= a.window;
+  validate_count(double(std::max<int64_t>(p.batch, 1)) * double(std::max<int64_t>(p.tokens(), 1)) * p.heads *
+                     (slots + p.extra_keys),
+                 "an attention tensor");
 }
 
 int64_t num_pairs(const Problem& p) {

@@ -8,6 +8,9 @@
 #include "natten/error.h"
 
 namespace natten::cpu {
+
+extern const UnfusedKernels kUnfused;  // unfused.cpp
+
 namespace {
 
 // One name for each family and instruction set; plans refer to them by address.
@@ -18,6 +21,8 @@ constexpr std::string_view kLoops[] = {"loops-avx512", "loops-avx2", "loops-port
 constexpr int64_t kMostSlots = 1 << 16;
 // Elements of packed keys and values that a thread may hold.
 constexpr double kMostRing = 1 << 27;
+
+}  // namespace
 
 const char* why_not_sliding(const Problem& p) {
   if (p.batch == 0 || p.tokens() == 0) return "there are no queries";
@@ -32,6 +37,8 @@ const char* why_not_sliding(const Problem& p) {
     return "the key rows of a window would take gigabytes";
   return nullptr;
 }
+
+namespace {
 
 void list_plans(const Problem& p, Pass pass, PlanList& list) {
   const char* reason = why_not_sliding(p);
@@ -72,6 +79,6 @@ void backward(const Problem& p, const BackwardArgs& args, const Plan& plan, cons
 
 }  // namespace
 
-const Backend kBackend{"cpu", DeviceKind::cpu, list_plans, workspace_bytes, forward, backward};
+const Backend kBackend{"cpu", DeviceKind::cpu, list_plans, workspace_bytes, forward, backward, &kUnfused};
 
 }  // namespace natten::cpu

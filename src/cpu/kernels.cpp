@@ -4,6 +4,7 @@
 
 #include "cpu/loops.h"
 #include "cpu/sliding.h"
+#include "cpu/unfused.h"
 
 namespace natten::cpu::NATTEN_ISA {
 namespace {
@@ -22,7 +23,16 @@ size_t sliding_workspace(const Problem& p, Pass pass, int num_threads) {
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels{sliding_q_tile,  sliding_workspace, sliding_forward, sliding_backward,
-                       loops_workspace, loops_forward,     loops_backward};
+const Kernels kKernels{sliding_q_tile,
+                       sliding_workspace,
+                       sliding_forward,
+                       sliding_backward,
+                       loops_workspace,
+                       loops_forward,
+                       loops_backward,
+                       {unfused_sliding_workspace, unfused_sliding_scores, unfused_sliding_weigh_keys,
+                        unfused_loops_weigh_queries, unfused_loops_sum_bias},
+                       {unfused_loops_workspace, unfused_loops_scores, unfused_loops_weigh_keys,
+                        unfused_loops_weigh_queries, unfused_loops_sum_bias}};
 
 }  // namespace natten::cpu::NATTEN_ISA

@@ -5,64 +5,10 @@
 
 #include <cmath>
 
-#include "cpu/pass.h"
+#include "cpu/runs.h"
 
 namespace natten::cpu::NATTEN_ISA {
 namespace {
-
-constexpr int kChunks = 32;  // tasks per head; fixed, so that sums over tasks have a fixed order
-
-// A token's place on one axis.
-struct Place {
-  int residue, position;
-  Axis group;
-};
-NATTEN_INLINE Place place_of(const Axis& a, int token) {
-  const int residue = token % a.dilation;
-  return {residue, token / a.dilation, group_axis(a, residue)};
-}
-
-// A run of tokens along x, `dilation` apart: all of a key row that a query sees, or of a query row that sees a key.
-struct Run {
-  Int3 token;  // the first
-  int count;
-  int64_t bias_entry;  // of the first; the next one's is one further for keys, one back for queries
-};
-
-// Calls visit(run) for the key rows that `token` sees, or for the query rows that see it.
-template <class Visit>
-NATTEN_INLINE void for_each_run(const Problem& p, Int3 token, Span (*span)(const Axis&, int), bool of_queries,
-                                Visit&& visit) {
-  const Axis &az = p.axes[0], &ay = p.axes[1], &ax = p.axes[2];
-  const Place z = place_of(az, token.z), y = place_of(ay, token.y), x = place_of(ax, token.x);
-  const Span zs = span(z.group, z.position), ys = span(y.group, y.position), xs = span(x.group, x.position);
-  auto entry = [&](const Axis& a, int here, int there) {
-    return int64_t{of_queries ? bias_index(a, there, here) : bias_index(a, here, there)};
-  };
-  for (int oz = zs.begin; oz < zs.end; ++oz)
-    for (int oy = ys.begin; oy < ys.end; ++oy)
-      visit(Run{{z.residue + az.dilation * oz, y.residue + ay.dilation * oy, x.residue + ax.dilation * xs.begin},
-                xs.size(),
-                (entry(az, z.position, oz) * (2 * ay.window - 1) + entry(ay, y.position, oy)) * (2 * ax.window - 1) +
-                    entry(ax, x.position, xs.begin)});
-}
-Span keys_of(const Axis& g, int position) { return key_span(g, position); }
-Span queries_of(const Axis& g, int position) { return query_span(g, position); }
-
-template <class Visit>
-NATTEN_INLINE void for_each_key_run(const Problem& p, Int3 token, Visit&& visit) {
-  if (p.has_window()) for_each_run(p, token, keys_of, false, visit);
-}
-
-NATTEN_INLINE Int3 token_at(Int3 grid, int64_t index) {
-  return {int(index / (int64_t{grid.y} * grid.x)), int(index / grid.x % grid.y), int(index % grid.x)};
-}
-
-int64_t most_slots(const Problem& p) {
-  int64_t slots = p.has_window() ? 1 : 0;
-  for (const Axis& a : p.axes) slots *= a.extent < a.window ? a.extent : a.window;
-  return slots + p.extra_keys;
-}
 
 // --- small vector loops over channels --------------------------------------------------------------------------------
 
@@ -260,7 +206,7 @@ void key_backward(const Problem& p, const BackwardArgs& args, Scratch<T, Real>& 
       for_each_run(p, token, queries_of, true,
                    [&](const Run& run) { gradient.add_queries(run, p.axes[2].dilation, p.has_bias); });
     for (int z = 0; !in_grid && z < p.axes[0].extent; ++z)
-      for (int y = 0; y < p.axes[1].extent; ++y) gradient.add_queries({{z, y, 0}, p.axes[2].extent, 0}, 1, false);
+      for (int y = 0; y < p.axes[1].extent; ++y) gradient.add_queries({{z, y, 0}, p.axes[2].extent, 0, 0}, 1, false);
   }
   auto write = [&](const TensorView& to, const Real* from, int dim, Real factor) {
     if (!to) return;
@@ -273,14 +219,6 @@ void key_backward(const Problem& p, const BackwardArgs& args, Scratch<T, Real>& 
 }
 
 // --- passes ----------------------------------------------------------------------------------------------------------
-
-// Calls visit(batch, token) for share `chunk` of kChunks of all queries of a head.
-template <class Visit>
-void for_each_query(const Problem& p, int64_t chunk, Visit&& visit) {
-  const int64_t all = p.batch * p.tokens();
-  for (int64_t i = all * chunk / kChunks; i < all * (chunk + 1) / kChunks; ++i)
-    visit(i / p.tokens(), token_at(p.grid(), i % p.tokens()));
-}
 
 // What threads share in the backward pass: delta [batch][head][token], partial dbias [head][chunk][entry].
 template <class Real>

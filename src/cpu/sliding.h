@@ -426,4 +426,21 @@ NATTEN_INLINE void store_pairs(const RowPair<Real, kVectors>& acc, const Tokens<
     }
 }
 
+/// P times V for two neighbouring queries of each row, kVectors vectors of channels. `values`: [ring slot][column]
+/// [channel] at the column of lane 0 and slot 0, ring slots `ring_stride` and columns `width` apart.
+template <int kVectors, class Real, class T, class Finish>
+NATTEN_INLINE void weigh_values(const RowGroup& group, const Scores<Real>& weights, const Real* values,
+                                int64_t ring_stride, int64_t width, const Tokens<T>& to, Span x, int lane, int channel,
+                                int channels, Finish&& finish) {
+  RowPair<Real, kVectors> acc = {};
+  for (int i = 0; i < group.num_key_rows; ++i) {
+    const KeyRow& row = group.key_rows[i];
+    const Real* of_row[kRows];
+    for (int r = 0; r < kRows; ++r) of_row[r] = weights.at(r, row.window_row[r]) + lane;
+    add_key_row<Real, kVectors>(acc, row.first, row.last, of_row,
+                                values + row.ring_slot * ring_stride + lane * width + channel, width, weights.window);
+  }
+  store_pairs<Real, kVectors>(acc, to, group, x.begin, lane, x.size(), channel, channels, finish);
+}
+
 }  // namespace natten::cpu::NATTEN_ISA

@@ -51,9 +51,6 @@ struct ForwardItem {
   void finish(const RowGroup& group, const Scores<Real>& scores, int x, int count, Real* maxima);
   void softmax(const RowGroup& group, const Scores<Real>& scores, int x, int count, const Real* maxima,
                Real (&inverse)[kRows][kLanes<Real>]);
-  template <int kVectors>
-  void values(const RowGroup& group, const Scores<Real>& scores, int x, int lane, int count, int channel,
-              const Real (&inverse)[kRows][kLanes<Real>]);
 };
 
 template <class T, class Real>
@@ -109,7 +106,12 @@ void ForwardItem<T, Real>::finish(const RowGroup& group, const Scores<Real>& sco
   softmax(group, scores, x, count, maxima, inverse);
   for (int lane = 0; lane < count; lane += 2)
     for_each_vector_block(l.dim_v / kLanes<Real>, [&](int vector, auto vectors) {
-      values<vectors>(group, scores, x, lane, count, vector * kLanes<Real>, inverse);
+      weigh_values<vectors>(group, scores, scratch.values + int64_t{x - item.x.begin} * l.dim_v,
+                            l.natural_size(l.dim_v), l.dim_v, out, Span{x, x + count}, lane, vector * kLanes<Real>,
+                            p.head_dim_v, [&](int r, int i, Vec<Real> v) {
+                              const Real factor = inverse[r][lane + i];  // 0 if all logits are -infinity
+                              return factor == Real(0) ? Vec<Real>{} : v * factor;
+                            });
     });
 }
 
@@ -141,25 +143,6 @@ void ForwardItem<T, Real>::softmax(const RowGroup& group, const Scores<Real>& sc
     Real* to = lse.at(group.z, group.y + r, x);
     for (int lane = 0; lane < count; ++lane) to[lane * lse.step_x] = natural[lane];
   }
-}
-
-template <class T, class Real>
-template <int kVectors>
-void ForwardItem<T, Real>::values(const RowGroup& group, const Scores<Real>& scores, int x, int lane, int count,
-                                  int channel, const Real (&inverse)[kRows][kLanes<Real>]) {
-  RowPair<Real, kVectors> acc = {};
-  for (int i = 0; i < group.num_key_rows; ++i) {
-    const KeyRow& row = group.key_rows[i];
-    const Real* weights[kRows];
-    for (int r = 0; r < kRows; ++r) weights[r] = scores.at(r, row.window_row[r]) + lane;
-    const Real* from =
-        scratch.values + row.ring_slot * l.natural_size(l.dim_v) + int64_t{x - item.x.begin + lane} * l.dim_v + channel;
-    add_key_row<Real, kVectors>(acc, row.first, row.last, weights, from, l.dim_v, x_axis.window);
-  }
-  store_pairs<Real, kVectors>(acc, out, group, x, lane, count, channel, p.head_dim_v, [&](int r, int i, Vec<Real> v) {
-    const Real factor = inverse[r][lane + i];  // 0 if all logits are -infinity
-    return factor == Real(0) ? Vec<Real>{} : v * factor;
-  });
 }
 
 template <class T, class Real>

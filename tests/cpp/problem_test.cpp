@@ -169,7 +169,7 @@ TEST(Validate, RefusesSizesThatCannotBeAddressed) {
        {"smaller"}},
       {[](Problem& p) { p.axes[0].window = p.axes[1].window = p.axes[2].window = kBig; }, {"smaller"}},
       // A table of the bias for every piece of work of the backward pass.
-      {[](Problem& p) { p.axes[1] = p.axes[2] = {1 << 17, 1 << 14, 1, 1 << 14, false}, p.has_bias = true; },
+      {[](Problem& p) { p.batch = 1 << 30, p.axes[2] = {1, kBig, 1, 1, false}, p.has_bias = true; },
        {"relative position bias", "smaller"}},
   });
 }

@@ -41,7 +41,7 @@ def test_ops_check_for_themselves(plan):
         {"q": q.long(), "k": k.long(), "v": v.long()},
         {"window": (3,)},
         {"stride": (1, 1, 1)},
-        {"dilation": ()},
+        {"dilation": (1,)},
         {"causal": (True,)},
         {"window": (-1, 3)},
         {"window": (3, 0)},

@@ -14,7 +14,9 @@ constexpr std::string_view kWindow = "window", kBoxes = "boxes";
 
 void list_plans(const Problem& p, Pass pass, PlanList& list) {
   const cuda::DeviceInfo* device = cuda::current_device();
-  if (!device) return list.rejections.push_back({kBackend.name, "there is no CUDA device"});
+  if (!device)
+    return list.rejections.push_back(
+        {kBackend.name, "there is no GPU that CUDA 13 can use: none, or a driver before 580"});
   if (device->major < 8)
     return list.rejections.push_back({kBackend.name, "it needs a GPU of compute capability 8.0 or newer"});
   if (const char* reason = why_not_window(p, pass))

@@ -29,10 +29,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, size_t shared_bytes, void*
             const Arguments&... arguments) {
   if (shared_bytes > 48 * 1024)
     NATTEN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid, config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared_bytes, config.stream = static_cast<cudaStream_t>(stream);
-  NATTEN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+  cuda::launch(kernel, grid, kThreads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace natten::cuda_portable

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: MIT
 // Fibers, barriers and shared memory of the emulated GPU.
 //
-// Threads of a block take turns; who waits at a barrier gives its turn to the next. NATTEN_EMULATION chooses the
-// order, so that a missing barrier shows as a wrong result: bit 0: warps run as far as they can, one after the other,
-// instead of thread by thread; bit 1: last warp first; bit 2: cp.async copies only when waited for instead of at
-// once.
+// Threads of a block take turns; who waits at a barrier gives its turn to the next. NATTEN_EMULATION chooses the order,
+// so that a missing barrier shows as a wrong result: bit 0: warps run as far as they can, one after the other, instead
+// of thread by thread; bit 1: last warp first; bit 2: cp.async copies only when waited for instead of at once.
 #include <cuda_runtime.h>
 
 #include <cstdio>

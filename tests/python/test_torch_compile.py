@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""torch.compile of forward and backward, dynamic shapes, export, opcheck: the first-order part of T-66."""
+"""T-66: torch.compile of forward and backward, dynamic shapes, export, AOTInductor, compiled autograd, opcheck."""
 
 import cases
 import pytest
@@ -151,6 +151,71 @@ def test_export(strict):
     for rows in (6, 11):
         x = torch.randn(2, rows, 7, 8)
         torch.testing.assert_close(program.module()(x), block(x))
+
+
+class Function(torch.nn.Module):
+    def forward(self, q, k, v):
+        return natten.na2d(q, k, v, (3, 4), dilation=(1, 2), return_lse=True)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_of_a_function_with_its_backward(strict):
+    """A grid whose sizes are both dynamic; the op stays one node, also behind torch's own decompositions."""
+    height, width = torch.export.Dim("height", min=3, max=64), torch.export.Dim("width", min=4, max=64)
+    shapes = ({1: height, 2: width},) * 3
+    program = torch.export.export(
+        Function(), tuple(torch.randn(3, 2, 6, 9, 2, 4)), dynamic_shapes=shapes, strict=strict
+    )
+    assert "natten.na_fwd.default" in str(program.graph)
+    for module in (program.module(), program.run_decompositions().module()):
+        for grid in ((6, 9), (11, 8)):
+            q, k, v = torch.randn(3, 2, *grid, 2, 4, requires_grad=True)
+            out, lse = module(q, k, v)
+            expected, expected_lse = Function()(q, k, v)
+            assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+    got, expected = (torch.autograd.grad(f(q, k, v)[0].sin().sum(), (q, k, v)) for f in (program.module(), Function()))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+def test_aot_inductor(tmp_path):
+    """Compiled ahead of time, loaded again, run on another size."""
+    width = torch.export.Dim("width", min=4, max=64)
+    program = torch.export.export(Function(), tuple(torch.randn(3, 2, 6, 9, 2, 4)), dynamic_shapes=({2: width},) * 3)
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    loaded = torch._inductor.aoti_load_package(package)
+    for columns in (9, 17):
+        q, k, v = torch.randn(3, 2, 6, columns, 2, 4)
+        for got, expected in zip(loaded(q, k, v), Function()(q, k, v)):
+            assert torch.equal(got, expected)
+
+
+def test_compiled_autograd():
+    case = CASES[1]
+    inputs = cases.make_inputs(case, torch.float32)
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        compiled = torch.compile(
+            lambda t: cases.results_of(lambda t: cases.call(case, t, return_lse=True), t), backend="aot_eager"
+        )
+        got = compiled(inputs)
+    for name, tensor in cases.results(case, inputs).items():
+        torch.testing.assert_close(got[name], tensor)
+
+
+def test_without_gradients():
+    compiled = torch.compile(Function(), fullgraph=True, backend="aot_eager")
+    q, k, v = torch.randn(3, 2, 6, 9, 2, 4)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(compiled(q, k, v)[0], Function()(q, k, v)[0])
+
+
+def test_a_new_grid_does_not_recompile_but_a_new_head_dim_does():
+    """Its default scale is a number made of a size, which torch specialises."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(Function(), fullgraph=True, dynamic=True, backend=counter)
+    for grid, dim in (((6, 9), 4), ((7, 12), 4), ((8, 10), 5), ((9, 13), 5)):
+        compiled(*torch.randn(3, 2, *grid, 3, dim))
+    assert counter.frame_count == 2
 
 
 def test_errors_under_compile():

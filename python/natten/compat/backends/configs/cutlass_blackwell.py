@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: MIT
+"""Era 0.21: configurations (q_tile, kv_tile) in both passes."""
+
+from ._forms import finder, sizes, tiles
+
+get_all_forward_configs = get_all_backward_configs = finder("blackwell-fna", tiles)
+get_all_fmha_forward_configs = get_all_fmha_backward_configs = finder("blackwell-fmha", sizes)

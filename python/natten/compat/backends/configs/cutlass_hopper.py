@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: MIT
+"""Era 0.21: configurations ((q_tile, kv_tile), kernel_schedule), backward (q_tile, kv_tile)."""
+
+from ...types import KernelSchedule
+from ._forms import finder, sizes, tiles
+
+get_all_forward_configs = finder("hopper-fna", lambda rank: (tiles(rank), KernelSchedule.NonPersistent))
+get_all_fmha_forward_configs = finder("hopper-fmha", lambda rank: (sizes(rank), KernelSchedule.NonPersistent))
+get_all_backward_configs = finder("hopper-fna", tiles)
+get_all_fmha_backward_configs = finder("hopper-fmha", sizes)

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: MIT
+"""Era 0.21: configurations (q_tile, kv_tile) of the forward pass. FlexAttention itself is not used here."""
+
+from ._forms import TILES, finder, sizes, tiles
+
+FLEX_FORWARD_TILE_SHAPES = {rank: [(tile, tile)] for rank, tile in TILES.items()}
+get_all_tile_shapes_forward = finder("flex-fna", tiles)
+get_all_tile_sizes_forward = finder("flex-fmha", sizes)

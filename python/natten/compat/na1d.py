@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: MIT
+"""Era 0.17: `natten.na1d` as a module, with the class of that time.
+
+From 0.20 on `natten.na1d` is a function. Python binds a submodule to the name of the package once it is imported, so
+what stands in `sys.modules` under this name is the function; it has the class for an attribute.
+"""
+
+import sys
+
+from .functional import na1d
+from .legacy_modules import NeighborhoodAttention1DOf017
+
+na1d.NeighborhoodAttention1D = NeighborhoodAttention1DOf017
+na1d.__spec__ = __spec__  # what importlib asks of everything in sys.modules
+sys.modules[__name__] = na1d

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: MIT
+"""Eras 0.11 and 0.12, deprecated in 0.13: the layer of torch ops under its first name."""
+
+from .legacy_modules import LegacyNeighborhoodAttention
+
+__all__ = ["LegacyNeighborhoodAttention"]
