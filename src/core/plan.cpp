@@ -79,12 +79,11 @@ PlanList list_plans(const Problem& problem, Pass pass, DeviceKind device) {
     else
       list.rejections.push_back({backend->name, other_device(device)});
   }
+  if (!serves(device)) list.rejections.push_back({"cuda", "it is not in this build, see `python -m natten info`"});
   return list;
 }
 
 Plan choose_plan(const Problem& problem, Pass pass, DeviceKind device, std::string_view wanted) {
-  if (!serves(device))
-    throw Error(ErrorKind::unsupported, "this build has no engine for CUDA tensors: see `python -m natten info`");
   if (wanted.empty())  // nearly always, and then what comes behind the best plan need not be looked at
     for (const Backend* backend : kBackends) {
       if (backend->device != device) continue;

@@ -23,10 +23,7 @@ void dispatch_window(DType dtype, int head_dim, F&& f) {
 inline void launch_window(void (*kernel)(WindowParams), const WindowParams& p, size_t shared_bytes, void* stream) {
   if (shared_bytes > 48 * 1024)
     NATTEN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(p.num_blocks)), config.blockDim = dim3(unsigned(p.threads()));
-  config.dynamicSmemBytes = shared_bytes, config.stream = static_cast<cudaStream_t>(stream);
-  NATTEN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, p));
+  cuda::launch(kernel, unsigned(p.num_blocks), unsigned(p.threads()), shared_bytes, stream, p);
 }
 
 }  // namespace natten::cuda_portable
