@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Times the CUDA engines without torch: `natten_bench_cuda [seconds per row] [workload]`. Kernel time from events
-// around back-to-back calls; buffers are rotated where they would fit in the L2. One JSON row per workload, pass, type
-// and plan, with the largest difference of its results from those of the first plan measured (a sanity check: the tests
-// compare with the oracle).
+// Times the CUDA engines' plans without torch: `natten_bench_cuda [seconds per row] [workload]`. Kernel time from
+// events around back-to-back calls; buffers are rotated where they would fit in the L2. One JSON row per workload,
+// pass, type and plan, with the largest difference of its results from those of the first plan measured (a sanity
+// check: the tests compare with the oracle).
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -60,9 +60,8 @@ struct Buffer {
   TensorView view;
   size_t bytes = 0;
 
-  Buffer(const Problem& p, int64_t elements_per_token, int64_t heads, int64_t dim, size_t element) {
+  Buffer(const Problem& p, int64_t heads, int64_t dim, size_t element) {
     const int64_t x = heads * dim, y = p.axes[2].extent * x, z = p.axes[1].extent * y, b = p.axes[0].extent * z;
-    (void)elements_per_token;
     bytes = size_t(p.batch * b) * element;
     NATTEN_CUDA_CHECK(cudaMalloc(&view.ptr, bytes));
     const int64_t strides[6] = {b, z, y, x, dim, 1};
@@ -78,13 +77,13 @@ struct Set {
   explicit Set(const Problem& p, uint32_t seed) {
     const size_t element = natten::size_of(p.dtype);
     const auto make = [&](TensorView& view, int64_t heads, int64_t dim, size_t size) {
-      Buffer buffer(p, 0, heads, dim, size);
+      Buffer buffer(p, heads, dim, size);
       view = buffer.view, bytes += buffer.bytes;
       memory.push_back(view.ptr);
       return buffer.bytes;
     };
     for (TensorView* view : {&args.q, &args.k, &args.v, &args.dout})
-      fill(view->ptr, make(*view, p.heads, p.head_dim, element), p.dtype, seed++, *view);
+      fill(make(*view, p.heads, p.head_dim, element), p.dtype, seed++, *view);
     for (TensorView* view : {&args.out, &args.dq, &args.dk, &args.dv}) make(*view, p.heads, p.head_dim, element);
     make(args.lse, p.heads, 1, 4);
     if (!p.has_bias) return;
@@ -103,7 +102,7 @@ struct Set {
 
  private:
   // A million random normals, repeated.
-  static void fill(void*, size_t bytes, DType dtype, uint32_t seed, const TensorView& view) {
+  static void fill(size_t bytes, DType dtype, uint32_t seed, const TensorView& view) {
     std::mt19937 rng(seed);
     std::normal_distribution<float> normal;
     std::vector<uint16_t> pattern(std::min<size_t>(bytes / 2, 1000003));

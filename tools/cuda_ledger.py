@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 MOST_PER_PASS, MOST = 24, 100
 DTYPE_ONLY = "one per element type: the type is all that changes instructions"
 BUCKETS = "element type, and accumulators of 32, 64, 128 or 256 channels in registers"
+WINDOW = "element type, channels in registers, and columns of a tile in octets"
 # (engine, kernel): (pass, why)
 WHY = {
     ("cuda-reference", "forward"): ("fwd", DTYPE_ONLY),
@@ -28,6 +29,9 @@ WHY = {
     ("portable", "dq"): ("bwd", BUCKETS),
     ("portable", "dq_bias"): ("bwd", BUCKETS + "; walks over items, for each warp keeps a table of bias gradients"),
     ("portable", "dkdv"): ("bwd", BUCKETS),
+    ("portable", "window_forward"): ("fwd", WINDOW + "; 2 octets also with a ring of rows for large grids"),
+    ("portable", "window_dq"): ("bwd", WINDOW),
+    ("portable", "window_dkdv"): ("bwd", WINDOW),
     ("portable", "row_stats"): ("bwd", DTYPE_ONLY),
     ("portable", "reduce_bias"): ("bwd", DTYPE_ONLY),
 }

@@ -55,8 +55,10 @@ extern const Backend kBackend;
 
 /// All backends of this build, best first.
 inline constexpr const Backend* kBackends[] = {
+#ifndef NATTEN_CUDA_EMULATION  // see tests/cpp/cuda
     &cpu::kBackend,
     &reference::kBackend,
+#endif
 #ifdef NATTEN_CUDA
     &cuda_portable::kBackend,
     &cuda_reference::kBackend,

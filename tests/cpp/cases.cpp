@@ -245,6 +245,31 @@ std::vector<Case> sweep_3d() {
   return list;
 }
 
+struct SmallWindow {
+  const char* name;
+  std::vector<natten::Axis> axes;
+};
+
+std::vector<SmallWindow> small_windows() {
+  return {
+      {"plane", {axis(21, 7), axis(37, 7)}},
+      {"tall", {axis(59, 7), axis(19, 7)}},
+      {"one_group", {axis(14, 7), axis(14, 7)}},
+      {"narrow_group", {axis(9, 7), axis(8, 7)}},
+      {"dilated_groups", {axis(29, 5, 4), axis(30, 7, 5)}},
+      {"dilated_plane", {axis(43, 7, 2), axis(41, 7, 2)}},
+      {"even", {axis(17, 6), axis(19, 4)}},
+      {"wide_window", {axis(20, 3), axis(23, 9)}},
+      {"tall_window", {axis(40, 13), axis(18, 9)}},
+      {"large_in_group", {axis(12, 9), axis(14, 13)}},
+      {"stride", {strided(25, 7, 3), strided(33, 6, 2)}},
+      {"causal", {axis(25, 7, 1, kCausal), axis(20, 7, 1, kCausal)}},
+      {"causal_strided_dilated", {strided(20, 7, 2, 2, kCausal), strided(27, 6, 3, 1, kCausal)}},
+      {"planes", {axis(3, 1), axis(10, 5), axis(21, 5)}},
+      {"row", {axis(70, 9)}},
+  };
+}
+
 }  // namespace
 
 natten::Problem Case::problem(natten::DType dtype) const {
@@ -267,6 +292,27 @@ natten::Problem Case::problem(natten::DType dtype) const {
 }
 
 std::ostream& operator<<(std::ostream& out, const Case& c) { return out << c.name; }
+
+const std::vector<Case>& small_window_cases() {
+  static const std::vector<Case> cases = [] {
+    std::vector<Case> list;
+    for (const SmallWindow& w : small_windows())
+      for (const int head_dim : {32, 64}) {
+        const bool far = list.size() % 3 == 2;  // logits far from zero
+        list.push_back({.name = std::string(w.name) + "_" + std::to_string(head_dim),
+                        .axes = w.axes,
+                        .batch = 2,
+                        .heads = 2,
+                        .heads_kv = list.size() % 5 == 4 ? 1 : 2,
+                        .head_dim = head_dim,
+                        .dlse = !far,
+                        .amplitude = far ? 12.0 : 1.0,
+                        .layout = list.size() % 7 == 6 ? Layout::packed : Layout::contiguous});
+      }
+    return list;
+  }();
+  return cases;
+}
 
 const std::vector<Case>& named_cases() {
   static const std::vector<Case> cases = [] {

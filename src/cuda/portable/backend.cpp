@@ -2,13 +2,15 @@
 // The engine for every GPU from compute capability 8.0 on, as the core sees it.
 #include "core/backend.h"
 
+#include <algorithm>
+
 #include "cuda/device.h"
 #include "cuda/portable/kernels.h"
 
 namespace natten::cuda_portable {
 namespace {
 
-constexpr std::string_view kBoxes = "boxes";
+constexpr std::string_view kWindow = "window", kBoxes = "boxes";
 
 void list_plans(const Problem& p, Pass pass, PlanList& list) {
   const cuda::DeviceInfo* device = cuda::current_device();
@@ -17,19 +19,28 @@ void list_plans(const Problem& p, Pass pass, PlanList& list) {
         {kBackend.name, "there is no GPU that CUDA 13 can use: none, or a driver before 580"});
   if (device->major < 8)
     return list.rejections.push_back({kBackend.name, "it needs a GPU of compute capability 8.0 or newer"});
+  if (const char* reason = why_not_window(p, pass))
+    list.rejections.push_back({"portable/window", reason});
+  else
+    list.plans.push_back({kBackend.name, kWindow, window_tile(p, pass)});
   if (const char* reason = why_not_boxes(p, pass))
     list.rejections.push_back({"portable/boxes", reason});
   else
     list.plans.push_back({kBackend.name, kBoxes, boxes_tile(p)});
 }
 
-size_t workspace_bytes(const Problem& p, Pass pass, const Plan&, int) { return boxes_workspace(p, pass); }
+size_t workspace_bytes(const Problem& p, Pass pass, const Plan& plan, int) {
+  const size_t boxes = boxes_workspace(p, pass);
+  return plan.variant == kWindow ? std::max(window_workspace(p, pass), boxes) : boxes;
+}
 
-void forward(const Problem& p, const ForwardArgs& args, const Plan&, const Executor& executor, void*) {
+void forward(const Problem& p, const ForwardArgs& args, const Plan& plan, const Executor& executor, void*) {
+  if (plan.variant == kWindow && window_forward(p, args, executor.stream)) return;
   boxes_forward(p, args, executor.stream);
 }
 
-void backward(const Problem& p, const BackwardArgs& args, const Plan&, const Executor& executor, void* workspace) {
+void backward(const Problem& p, const BackwardArgs& args, const Plan& plan, const Executor& executor, void* workspace) {
+  if (plan.variant == kWindow && window_backward(p, args, executor.stream, workspace)) return;
   boxes_backward(p, args, executor.stream, workspace);
 }
 

@@ -179,31 +179,27 @@ __device__ void run_item(const BoxesParams& p, int index, unsigned char* smem, f
   dq.store();
 }
 
+/// One item per block of threads; or, where sums for the bias are wanted, one piece of one head's items, so that each
+/// warp adds to a table of its own.
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, kHeadDim <= 32    ? 3
                                             : kHeadDim <= 128 ? 2
                                                               : 1) dq_kernel(const __grid_constant__ BoxesParams p) {
   extern __shared__ __align__(128) unsigned char smem[];
-  run_item<T, kHeadDim>(p, blockIdx.x, smem, nullptr);
-}
-
-/// The same, one piece of one head's items per block of threads; each warp has a table of sums.
-template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, kHeadDim <= 32    ? 3
-                                            : kHeadDim <= 128 ? 2
-                                                              : 1)
-    dq_bias_kernel(const __grid_constant__ BoxesParams p) {
-  extern __shared__ __align__(128) unsigned char smem[];
-  const int head = blockIdx.x / p.bias_pieces, piece = blockIdx.x % p.bias_pieces, warp = threadIdx.x / 32;
-  float* sums = p.bias_sums + (int64_t{blockIdx.x} * (kThreads / 32) + warp) * p.bias_entries;
-  for (int i = threadIdx.x % 32; i < p.bias_entries; i += 32) sums[i] = 0;
-  __syncwarp();
-  const int of_head = p.num_items / p.problem.heads, per_sample = int(of_head / p.problem.batch);
-  const int first = int(int64_t{of_head} * piece / p.bias_pieces);
-  const int last = int(int64_t{of_head} * (piece + 1) / p.bias_pieces);
+  const int heads = p.problem.heads, of_head = p.num_items / heads, of_sample = int(of_head / p.problem.batch);
+  float* sums = nullptr;
+  int head = 0, first = blockIdx.x, last = first + 1;
+  if (p.bias_sums) {
+    sums = p.bias_sums + (int64_t{blockIdx.x} * (kThreads / 32) + threadIdx.x / 32) * p.bias_entries;
+    for (int i = threadIdx.x % 32; i < p.bias_entries; i += 32) sums[i] = 0;
+    __syncwarp();
+    head = blockIdx.x / p.bias_pieces;
+    const int piece = blockIdx.x % p.bias_pieces;
+    first = int(int64_t{of_head} * piece / p.bias_pieces), last = int(int64_t{of_head} * (piece + 1) / p.bias_pieces);
+  }
   for (int i = first; i < last; ++i) {
-    const int sample = i / per_sample;
-    run_item<T, kHeadDim>(p, (sample * p.problem.heads + head) * per_sample + i % per_sample, smem, sums);
+    const int item = sums ? (i / of_sample * heads + head) * of_sample + i % of_sample : i;
+    run_item<T, kHeadDim>(p, item, smem, sums);
   }
 }
 
@@ -211,9 +207,9 @@ void launch_dq(const BoxesParams& params, void* stream) {
   dispatch_kernel(params, [&](auto element, auto head_dim) {
     using T = decltype(element);
     using Kernel = DQ<T, head_dim>;
-    if (!params.bias_sums) return launch(dq_kernel<T, head_dim>, params.num_items, Kernel::Map::kBytes, stream, params);
-    launch(dq_bias_kernel<T, head_dim>, params.problem.heads * params.bias_pieces,
-           Kernel::Map::kBytes + Kernel::kStagingBytes, stream, params);
+    const bool bias = params.bias_sums;
+    launch(dq_kernel<T, head_dim>, bias ? params.problem.heads * params.bias_pieces : params.num_items,
+           Kernel::Map::kBytes + (bias ? Kernel::kStagingBytes : 0), stream, params);
   });
 }
 

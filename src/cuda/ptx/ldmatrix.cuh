@@ -28,6 +28,12 @@ __device__ __forceinline__ uint32_t load_shared_32(uint32_t address) {
   return r;
 }
 
+__device__ __forceinline__ uint2 load_shared_64(uint32_t address) {
+  uint2 r;
+  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(r.x), "=r"(r.y) : "r"(address));
+  return r;
+}
+
 __device__ __forceinline__ uint4 load_shared_128(uint32_t address) {
   uint4 r;
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(address));

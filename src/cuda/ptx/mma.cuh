@@ -41,6 +41,24 @@ __device__ __forceinline__ void mma_16816(float (&d)[4], const uint32_t (&a)[4],
   mma_16816<T>(d, a, b0, b1, d);
 }
 
+/// d = a * b + c with a depth of 8: a0 of row g, a1 of row g + 8, b of columns 2t and 2t + 1.
+template <class T>
+__device__ __forceinline__ void mma_1688(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b, const float (&c)[4]);
+template <>
+__device__ __forceinline__ void mma_1688<bf16>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b,
+                                               const float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};\n"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a0), "r"(a1), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+template <>
+__device__ __forceinline__ void mma_1688<f16>(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b,
+                                              const float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};\n"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a0), "r"(a1), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
 /// Two floats to two elements, `low` in the low half; to nearest.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high);
@@ -61,6 +79,26 @@ __device__ __forceinline__ uint32_t pack<f16>(float low, float high) {
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// x, if `zero` is 0, without the compiler knowing it.
+/// NOTE: otherwise ptxas gathers fragments that came from 16-byte loads anew before each mma (a quarter of all
+/// instructions), and volatile keeps the next load from being scheduled before the old value is taken.
+__device__ __forceinline__ uint32_t opaque(uint32_t x, uint32_t zero) {
+  uint32_t y;
+  asm volatile("xor.b32 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(zero));
   return y;
 }
 

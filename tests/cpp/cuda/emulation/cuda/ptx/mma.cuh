@@ -62,6 +62,7 @@ uint32_t pack(float low, float high) {
   return a.bits | uint32_t{b.bits} << 16;
 }
 
+inline uint32_t opaque(uint32_t x, uint32_t zero) { return x ^ zero; }
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float log2_approx(float x) { return std::log2(x); }
 inline float reciprocal_approx(float x) { return 1 / x; }

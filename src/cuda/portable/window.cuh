@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: MIT
+// Device side shared by the "window" kernels: units, their boxes, loading of rows, fragments, and the mask.
+#pragma once
+#include <type_traits>
+
+#include "core/element.h"
+#include "cuda/portable/window.h"
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/ldmatrix.cuh"
+#include "cuda/ptx/mma.cuh"
+
+namespace natten::cuda_portable {
+
+constexpr int kTailKeys = 16;  // zeros behind the last row: a step may read that far past a row's end
+
+/// Chunks of 16 bytes are permuted so that neither ldmatrix (8 keys, one chunk) nor a 16-byte load (2 keys, 4 chunks)
+/// has a bank conflict. The pitch is a multiple of 8 keys, so the permutation does not depend on the row.
+template <int kHeadDim>
+__device__ __forceinline__ int chunk_swizzle(int key) {
+  return kHeadDim == 32 ? key >> 1 & 3 : (key & 1) << 2 | (key >> 1 & 3);
+}
+
+/// key_span or query_span; the division by a stride of 1 is not made.
+template <bool kOfKeys>
+__device__ __forceinline__ Span seen_from(const Axis& group, int at) {
+  const Axis dense{group.extent, group.window, 1, 1, group.causal};
+  if (group.stride == 1) return kOfKeys ? query_span(dense, at) : key_span(dense, at);
+  return kOfKeys ? query_span(group, at) : key_span(group, at);
+}
+
+/// A tile of one head and dilation group, and the box on the other side that it sees.
+struct Unit {
+  int head = 0, residue_y = 0, residue_x = 0;
+  int y0 = 0, x0 = 0, ny = 0, nx = 0;  // first position and tokens; no tokens: nothing to do
+  Axis y, x;                           // of the group
+  Span box_y, box_x;
+
+  /// Of the token at a position of the tile's group, relative to the plane.
+  __device__ __forceinline__ int offset(const Plane& t, const WindowParams& p, int at_y, int at_x) const {
+    return (residue_y + at_y * p.y.dilation) * t.y + (residue_x + at_x * p.x.dilation) * t.x;
+  }
+};
+
+template <bool kOfKeys>
+__device__ __forceinline__ Unit decode_unit(const WindowParams& p, int index) {
+  Unit u;
+  if (index >= p.units_per_plane) return u;
+  int rest = index, n = p.by_heads.split(rest);
+  u.head = rest;
+  rest = n, n = p.by_groups_x.split(rest);
+  u.residue_x = rest;
+  rest = n, n = p.by_tiles_x.split(rest);
+  const int tile_x = rest;
+  rest = n, u.residue_y = p.by_tiles_y.split(rest);
+  const int tile_y = rest;
+  u.y = group_axis(p.y, u.residue_y), u.x = group_axis(p.x, u.residue_x);
+  u.y0 = tile_y * p.tiling.tile_y, u.x0 = tile_x * p.tiling.tile_x;
+  u.ny = detail::min(p.tiling.tile_y, u.y.extent - u.y0), u.nx = detail::min(p.tiling.tile_x, u.x.extent - u.x0);
+  if (u.ny <= 0 || u.nx <= 0) {
+    u.ny = u.nx = 0;
+    return u;
+  }
+  u.box_y = {seen_from<kOfKeys>(u.y, u.y0).begin, seen_from<kOfKeys>(u.y, u.y0 + u.ny - 1).end};
+  u.box_x = {seen_from<kOfKeys>(u.x, u.x0).begin, seen_from<kOfKeys>(u.x, u.x0 + u.nx - 1).end};
+  return u;
+}
+
+/// Where a thread stands in its block.
+struct Place {
+  int lane, warp, warps, g, t;
+  int unit, row_pair, x;  // of the warp: unit of the block, first row pair, first column of its octet
+
+  __device__ explicit Place(const WindowParams& p) {
+    lane = threadIdx.x % 32;
+    warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);  // uniform, and the compiler knows
+    warps = blockDim.x / 32;
+    g = lane / 4, t = lane % 4;
+    int rest = warp;
+    unit = p.by_unit_warps.split(rest);
+    row_pair = p.by_octets.split(rest);
+    x = rest * 8;
+  }
+};
+
+/// A plane's tensor of one sample and head.
+template <class T>
+__device__ __forceinline__ T* plane_base(const Plane& t, int64_t batch, int z, int head) {
+  return static_cast<T*>(t.ptr) + batch * t.batch + z * t.z + head * t.head;
+}
+
+/// One tensor's rows as the loader sees them: byte offsets from the first key of the box.
+struct RowSource {
+  const char* base;
+  uint32_t row, column, first, last;  // bytes per row and per 8 columns; this lane's first and the last column's
+
+  template <class T>
+  __device__ __forceinline__ RowSource(const T* plane, const Plane& t, const WindowParams& p, const Unit& u,
+                                       int column0, int chunk)
+      : base(reinterpret_cast<const char*>(plane + u.offset(t, p, u.box_y.begin, u.box_x.begin))) {
+    const int step = p.x.dilation * t.x;
+    row = p.y.dilation * t.y * 2, column = step * 16;
+    first = (column0 * step + chunk * 8) * 2, last = ((u.box_x.size() - 1) * step + chunk * 8) * 2;
+  }
+};
+
+/// Rows [begin, end) of a unit's box, of two tensors, to shared memory (kRing: modulo the rows that there are).
+/// NOTE: columns and rows past the box repeat its last ones: always finite where the tensor is, and no predicates.
+template <int kHeadDim, bool kRing>
+__device__ __forceinline__ void load_rows(const WindowParams& p, const Place& at, const RowSource& a,
+                                          const RowSource& b, uint32_t to_a, uint32_t to_b, int begin, int end,
+                                          int box_rows) {
+  constexpr int kChunks = kHeadDim / 8, kKeyBytes = kHeadDim * 2;
+  const int column0 = at.lane / kChunks, chunk = at.lane % kChunks;
+  const uint32_t lane_to = column0 * kKeyBytes + ((chunk ^ chunk_swizzle<kHeadDim>(column0)) << 4);
+  const uint32_t row_bytes = p.tiling.pitch * kKeyBytes;
+  for (int row = begin + at.warp; row < end; row += at.warps) {
+    int slot = row;
+    if (kRing) p.by_rows.split(slot);
+    const int from = detail::min(row, box_rows - 1);
+    const char *row_a = a.base + size_t(from) * a.row, *row_b = b.base + size_t(from) * b.row;
+    uint32_t from_a = a.first, from_b = b.first, to = lane_to + slot * row_bytes;
+#pragma unroll 1
+    for (int block = 0; block < p.tiling.pitch; block += 8) {
+      ptx::cp_async_16(to_a + to, row_a + detail::min(from_a, a.last));
+      ptx::cp_async_16(to_b + to, row_b + detail::min(from_b, b.last));
+      if (kHeadDim == 64) {  // a warp's lanes hold 4 keys at a time
+        const uint32_t next = (to + 4 * kKeyBytes) ^ 32;
+        ptx::cp_async_16(to_a + next, row_a + detail::min(from_a + a.column / 2, a.last));
+        ptx::cp_async_16(to_b + next, row_b + detail::min(from_b + b.column / 2, b.last));
+      }
+      from_a += a.column, from_b += b.column, to += 8 * kKeyBytes;
+    }
+  }
+}
+
+__device__ __forceinline__ void fill_zero(uint32_t to, int bytes) {
+  for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16) ptx::store_shared_128(to + i, uint4{0, 0, 0, 0});
+}
+
+/// The spans of a unit's rows, relative to its box, for everybody.
+template <bool kOfKeys>
+__device__ __forceinline__ void fill_row_spans(uint32_t to, const Unit& u) {
+  for (int i = threadIdx.x; i < u.ny; i += blockDim.x) {
+    const Span s = seen_from<kOfKeys>(u.y, u.y0 + i);
+    ptx::store_shared_32(to + i * 8, s.begin - u.box_y.begin);
+    ptx::store_shared_32(to + i * 8 + 4, s.end - u.box_y.begin);
+  }
+}
+
+/// What the two rows of a warp's tile see, relative to the first row that either does.
+struct RowPair {
+  int first_row;       // in the box
+  int rows;            // of both
+  int limit0, first1;  // row 0 sees [0, limit0), row 1 [first1, rows)
+
+  __device__ __forceinline__ RowPair(uint32_t spans, int y, bool has_second) {
+    const uint2 a = ptx::load_shared_64(spans + y * 8), b = ptx::load_shared_64(spans + (y + has_second) * 8);
+    first_row = a.x, limit0 = a.y - a.x;
+    first1 = b.x - a.x, rows = b.y - a.x;
+  }
+};
+
+/// The column mask of a lane's accumulators: 0 where the query (or key) of row g sees the column, else -infinity.
+/// NOTE: rows g and g + 8 have the same mask; without `zero` the compiler would keep one pair of registers and copy it
+/// before every mma.
+template <int kOctets>
+__device__ __forceinline__ void column_mask(float (&mask)[kOctets][4], const WindowParams& p, const Place& at,
+                                            Span seen) {
+#pragma unroll
+  for (int h = 0; h < kOctets; ++h)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      mask[h][e] = seen.contains(h * 8 + at.t * 2 + e) ? 0.0f : -INFINITY;
+      mask[h][2 + e] = mask[h][e] + p.zero_float;
+    }
+}
+
+// ---- fragments ---- The order of the channels in a product over head_dim is free, so lane (g, t) takes channels 8t
+// .. 8t + 7 (+ 32) of its row with one 16-byte load: two k steps of an A or B fragment.
+
+/// A fragments of two rows (first and second eight of the tile) from 16-byte words.
+template <int kHeadDim>
+__device__ __forceinline__ void make_fragments(uint32_t (&a)[kHeadDim / 16][4], const uint4 (&words)[2][kHeadDim / 32],
+                                               uint32_t zero) {
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 32; ++i) {
+    a[2 * i][0] = ptx::opaque(words[0][i].x, zero), a[2 * i][1] = ptx::opaque(words[1][i].x, zero);
+    a[2 * i][2] = ptx::opaque(words[0][i].y, zero), a[2 * i][3] = ptx::opaque(words[1][i].y, zero);
+    a[2 * i + 1][0] = ptx::opaque(words[0][i].z, zero), a[2 * i + 1][1] = ptx::opaque(words[1][i].z, zero);
+    a[2 * i + 1][2] = ptx::opaque(words[0][i].w, zero), a[2 * i + 1][3] = ptx::opaque(words[1][i].w, zero);
+  }
+}
+
+/// d = rows * keys^T + c for 8 keys; b: this lane's key.
+template <class T, int kHeadDim>
+__device__ __forceinline__ void multiply_keys(float (&d)[4], const uint32_t (&a)[kHeadDim / 16][4],
+                                              const uint4 (&b)[kHeadDim / 32], const float (&c)[4]) {
+  ptx::mma_16816<T>(d, a[0], b[0].x, b[0].y, c);
+  ptx::mma_16816<T>(d, a[1], b[0].z, b[0].w);
+#pragma unroll
+  for (int i = 1; i < kHeadDim / 32; ++i) {
+    ptx::mma_16816<T>(d, a[2 * i], b[i].x, b[i].y);
+    ptx::mma_16816<T>(d, a[2 * i + 1], b[i].z, b[i].w);
+  }
+}
+
+/// This lane's key: the chunks t and t + 4 of a row.
+template <int kHeadDim>
+__device__ __forceinline__ void load_key(uint4 (&b)[kHeadDim / 32], uint32_t address) {
+  b[0] = ptx::load_shared_128(address);
+  if (kHeadDim == 64) b[kHeadDim / 32 - 1] = ptx::load_shared_128(address ^ 64);
+}
+
+/// B fragments of 16 keys for a product over keys: all channels.
+template <int kHeadDim>
+__device__ __forceinline__ void load_transposed(uint32_t (&b)[kHeadDim / 16][4], uint32_t address) {
+#pragma unroll
+  for (int j = 0; j < kHeadDim / 16; ++j) ptx::ldmatrix_x4_trans(b[j], address ^ (j << 5));
+}
+
+template <class T, int kHeadDim>
+__device__ __forceinline__ void multiply_values(float (&acc)[kHeadDim / 8][4], const uint32_t (&a)[4],
+                                                const uint32_t (&b)[kHeadDim / 16][4]) {
+#pragma unroll
+  for (int j = 0; j < kHeadDim / 16; ++j) {
+    ptx::mma_16816<T>(acc[2 * j], a, b[j][0], b[j][1]);
+    ptx::mma_16816<T>(acc[2 * j + 1], a, b[j][2], b[j][3]);
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void set_zero(float (&acc)[kCount][4]) {
+#pragma unroll
+  for (int n = 0; n < kCount; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
+}
+
+/// Not finite if any sum is not: one addition each.
+template <int kCount>
+__device__ __forceinline__ float finite_witness(const float (&acc)[kCount][4], int row) {
+  float witness = 0;
+#pragma unroll
+  for (int n = 0; n < kCount; ++n) witness = fmaf(acc[n][2 * row], 0.0f, fmaf(acc[n][2 * row + 1], 0.0f, witness));
+  return witness;
+}
+
+__device__ __forceinline__ float add_over_quad(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+template <class T>
+__device__ __forceinline__ bool is_nonfinite_half(uint32_t half) {
+  constexpr uint32_t kExponent = std::is_same_v<T, bf16> ? 0x7f80 : 0x7c00;
+  return (half & kExponent) == kExponent;
+}
+
+/// Where a warp's tile of a unit lies in shared memory, for the two ways to read a row: 16-byte chunks of key `g`, and
+/// ldmatrix. `column`: the first of the tile's, counted from the unit's first key.
+template <int kHeadDim, int kOctets>
+struct LaneAddresses {
+  uint32_t row, transposed;
+
+  __device__ __forceinline__ LaneAddresses(const Place& at, int column) {
+    const int key = column + at.g, other = column + (kOctets == 2 ? at.lane & 15 : at.lane & 7);
+    row = key * (kHeadDim * 2) + ((at.t ^ chunk_swizzle<kHeadDim>(key)) << 4);
+    transposed = other * (kHeadDim * 2) + ((at.lane / 16 ^ chunk_swizzle<kHeadDim>(other)) << 4);
+  }
+};
+
+/// Zero instead of each half that is infinite or NaN.
+template <class T>
+__device__ __forceinline__ uint32_t without_nonfinite(uint32_t word) {
+  return (is_nonfinite_half<T>(word & 0xffff) ? 0 : word & 0xffff) |
+         (is_nonfinite_half<T>(word >> 16) ? 0 : word & 0xffff0000);
+}
+
+/// acc * factor of rows 0 and 1 (if they exist) of a tile to memory; `to` is this lane's column of row 0.
+/// NOTE: one shuffle turns pairs of channels into fours, so every 8-byte store of the warp fills whole 32-byte sectors.
+template <class T, int kHeadDim>
+__device__ __forceinline__ void store_tile(T* to, int row_stride, const Place& at, const float (&acc)[kHeadDim / 8][4],
+                                           float factor0, float factor1, bool has_column, bool has_second) {
+  to += at.t % 2 * 8 + at.t / 2 * 4;
+  const auto exchange = [&](uint32_t& a, uint32_t& b) {
+    const bool odd = at.t % 2;
+    const uint32_t other = __shfl_xor_sync(~0u, odd ? a : b, 1);
+    a = odd ? other : a, b = odd ? b : other;
+  };
+#pragma unroll
+  for (int n = 0; n < kHeadDim / 8; n += 2) {
+    uint32_t a = ptx::pack<T>(acc[n][0] * factor0, acc[n][1] * factor0);
+    uint32_t b = ptx::pack<T>(acc[n + 1][0] * factor0, acc[n + 1][1] * factor0);
+    uint32_t c = ptx::pack<T>(acc[n][2] * factor1, acc[n][3] * factor1);
+    uint32_t d = ptx::pack<T>(acc[n + 1][2] * factor1, acc[n + 1][3] * factor1);
+    exchange(a, b), exchange(c, d);
+    if (has_column) ptx::store_global_64(to + n * 8, a, b);
+    if (has_column && has_second) ptx::store_global_64(to + row_stride + n * 8, c, d);
+  }
+}
+
+}  // namespace natten::cuda_portable

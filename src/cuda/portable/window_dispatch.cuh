@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: MIT
+// From run-time element types and sizes to instances of the "window" kernels, and their launch.
+#pragma once
+#include <type_traits>
+
+#include "core/element.h"
+#include "cuda/launch.h"
+#include "cuda/portable/window.h"
+
+namespace natten::cuda_portable {
+
+/// Calls f(element, head dim); the host accepts only these.
+template <class F>
+void dispatch_window(DType dtype, int head_dim, F&& f) {
+  const auto by_dim = [&](auto element) {
+    if (head_dim == 32) return f(element, std::integral_constant<int, 32>{});
+    f(element, std::integral_constant<int, 64>{});
+  };
+  if (dtype == DType::bf16) return by_dim(bf16{});
+  by_dim(f16{});
+}
+
+inline void launch_window(void (*kernel)(WindowParams), const WindowParams& p, size_t shared_bytes, void* stream) {
+  if (shared_bytes > 48 * 1024)
+    NATTEN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+  cuda::launch(kernel, unsigned(p.num_blocks), unsigned(p.threads()), shared_bytes, stream, p);
+}
+
+}  // namespace natten::cuda_portable

@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: MIT
+// Backward for small windows, the part of the keys. A block holds the queries that see the keys of its units, dout
+// and their statistics; a warp's tile of 2 x 8 keys walks over them: S = K Q^T, dV += P dO, dK += dS Q. Keys at a
+// border are seen by more rows and columns than others: only loop bounds. Nobody else writes these rows.
+#include "cuda/launch.h"
+#include "cuda/portable/window.cuh"
+#include "cuda/portable/window_dispatch.cuh"
+#include "cuda/portable/window_stats.cuh"
+
+namespace natten::cuda_portable {
+
+template <class T, int kHeadDim, int kOctets>
+struct WindowDKDV {
+  static constexpr int kWords = kHeadDim / 32, kRowBytes = kHeadDim * 2;
+  static constexpr int kStep = 3 - kOctets;  // query rows of a step of 16 queries
+
+  const WindowParams& p;
+  const Place at;
+  uint32_t k[kHeadDim / 16][4], v[kHeadDim / 16][4];
+  uint32_t weights;                        // see window_stats.cuh
+  uint32_t to_dout, row_bytes, row_stats;  // bytes
+  float acc_dk[kHeadDim / 8][4], acc_dv[kHeadDim / 8][4];
+
+  __device__ __forceinline__ WindowDKDV(const WindowParams& params, const Place& place) : p(params), at(place) {}
+
+  /// Two columns' worth of addends: the product of the weights with the statistics of this lane's query, and `c`.
+  __device__ __forceinline__ void start(float (&d)[4], uint32_t stats, const float (&c)[4]) const {
+    ptx::mma_1688<T>(d, weights, weights, ptx::load_shared_32(stats), c);
+  }
+  __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[kHeadDim / 16][4],
+                                           const uint4 (&b)[kWords]) const {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      ptx::mma_16816<T>(d, a[2 * i], b[i].x, b[i].y);
+      ptx::mma_16816<T>(d, a[2 * i + 1], b[i].z, b[i].w);
+    }
+  }
+
+  /// One step of 16 queries.
+  template <bool kCareful>
+  __device__ __forceinline__ void add_step(uint32_t lane_row, uint32_t lane_transposed, uint32_t lane_stats, int row,
+                                           const RowPair& rows, const float (&mask)[kOctets][4]) {
+    const bool second_row = row + 1 < rows.rows;
+    const uint32_t to_second = kOctets == 2 ? 8 * kRowBytes : second_row ? row_bytes : 0;
+    const uint32_t stats_second = kOctets == 2 ? 8 * 16 : second_row ? row_stats : 0;
+    const float none[4] = {0, 0, 0, 0};
+    uint4 q[2][kWords], g[2][kWords];
+    float s[2][4], dp[2][4];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      start(s[h], lane_stats + h * stats_second, mask[kOctets == 2 ? h : 0]);
+      start(dp[h], lane_stats + h * stats_second + 8, none);
+      load_key<kHeadDim>(q[h], lane_row + h * to_second);
+      load_key<kHeadDim>(g[h], lane_row + h * to_second + to_dout);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) multiply(s[h], k, q[h]), multiply(dp[h], v, g[h]);
+    uint32_t q_value[kHeadDim / 16][4], g_value[kHeadDim / 16][4], probability[4], ds[4];
+    const uint32_t values = lane_transposed + (kOctets == 1 && (at.lane & 8) && second_row ? row_bytes : 0);
+    load_transposed<kHeadDim>(g_value, values + to_dout);
+    load_transposed<kHeadDim>(q_value, values);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int query_row = kOctets == 2 ? row : row + h;
+      const bool sees[2] = {query_row < rows.limit0, query_row >= rows.first1 && query_row < rows.rows};
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const bool visible = sees[e / 2] && mask[kOctets == 2 ? h : 0][e] == 0;
+        s[h][e] = ptx::exp2_approx(fmaf(s[h][e], p.scale_log2, sees[e / 2] ? 0.0f : -INFINITY));
+        if (kCareful && !visible) s[h][e] = dp[h][e] = 0;
+        dp[h][e] *= s[h][e];
+      }
+      probability[2 * h] = ptx::pack<T>(s[h][0], s[h][1]), probability[2 * h + 1] = ptx::pack<T>(s[h][2], s[h][3]);
+      ds[2 * h] = ptx::pack<T>(dp[h][0], dp[h][1]), ds[2 * h + 1] = ptx::pack<T>(dp[h][2], dp[h][3]);
+    }
+    multiply_values<T, kHeadDim>(acc_dv, probability, g_value);
+    multiply_values<T, kHeadDim>(acc_dk, ds, q_value);
+  }
+
+  /// All queries of the tile's inverse windows. `queries`: address of the unit's first query, `stats` of its
+  /// statistics; `column`: the first that any key of the octet is seen from, `columns` of them; `mine`: those of this
+  /// lane's key.
+  template <bool kCareful>
+  __device__ __forceinline__ void pass(uint32_t queries, uint32_t stats, const RowPair& rows, int column, int columns,
+                                       Span mine) {
+    set_zero(acc_dk), set_zero(acc_dv);
+#pragma unroll 1
+    for (int first = 0; first < columns; first += 8 * kOctets) {
+      float mask[kOctets][4];
+      column_mask<kOctets>(mask, p, at, {mine.begin - first, mine.end - first});
+      const LaneAddresses<kHeadDim, kOctets> lane(at, column + first);
+      uint32_t row_address = queries + lane.row, transposed = queries + lane.transposed;
+      uint32_t lane_stats = stats + (column + first + at.g) * 16 + at.t % 2 * 4;
+#pragma unroll 1
+      for (int row = 0; row < rows.rows; row += kStep) {
+        add_step<kCareful>(row_address, transposed, lane_stats, row, rows, mask);
+        row_address += kStep * row_bytes, transposed += kStep * row_bytes, lane_stats += kStep * row_stats;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void attend(uint32_t queries, uint32_t stats, const RowPair& rows, int column, int columns,
+                                         Span mine) {
+    pass<false>(queries, stats, rows, column, columns, mine);
+    const float witness =
+        finite_witness(acc_dk, 0) + finite_witness(acc_dk, 1) + finite_witness(acc_dv, 0) + finite_witness(acc_dv, 1);
+    if (__all_sync(~0u, witness == 0)) return;
+    WindowDKDV copy = *this;  // whose address may be taken
+    again(copy, queries, stats, rows, column, columns, mine);
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc_dk[n][e] = copy.acc_dk[n][e], acc_dv[n][e] = copy.acc_dv[n][e];
+  }
+  /// A NaN in a key makes the statistics of the queries that see it NaN; others must not notice.
+  __device__ static __noinline__ void again(WindowDKDV& tile, uint32_t queries, uint32_t stats, RowPair rows,
+                                            int column, int columns, Span mine) {
+    tile.template pass<true>(queries, stats, rows, column, columns, mine);
+  }
+};
+
+template <class T, int kHeadDim, int kOctets>
+struct WindowDKDVBlock {
+  static constexpr int kWords = kHeadDim / 32, kRowBytes = kHeadDim * 2;
+
+  const WindowParams& p;
+  const Place at;
+  int64_t batch;
+  int z;
+  Unit unit;  // of this warp
+  uint32_t shared_q, shared_dout, stats, spans;
+
+  __device__ __forceinline__ WindowDKDVBlock(const WindowParams& params, uint32_t shared) : p(params), at(params) {
+    const WindowTiling& t = p.tiling;
+    int block = blockIdx.x, plane = p.by_blocks.split(block);
+    batch = p.by_z.split(plane), z = plane;
+    const int queries = t.rows * t.pitch, all = t.units * queries;
+    shared_q = shared, shared_dout = shared_q + (all + kTailKeys) * kRowBytes;
+    stats = shared_dout + (all + kTailKeys) * kRowBytes, spans = stats + (all + kTailKeys) * 16;
+    for (int i = 0; i < t.units; ++i) {
+      const Unit u = decode_unit<true>(p, block * t.units + i);
+      const int first = i * queries;
+      if (u.ny > 0) {
+        load(u, first);
+        fill_row_spans<true>(spans + i * t.tile_y * 8, u);
+        const int size = u.box_y.size(), behind = detail::min(kTailKeys, (t.rows - size) * t.pitch);
+        fill_zero(stats + (first + size * t.pitch) * 16, behind * 16);  // not into the next unit
+      } else {
+        fill_tail(first);
+      }
+      if (i == at.unit) unit = u;
+    }
+    ptx::cp_async_commit();
+    fill_tail(all);
+    spans += at.unit * t.tile_y * 8;
+  }
+
+  __device__ __forceinline__ void fill_tail(int query) const {
+    fill_zero(shared_q + query * kRowBytes, kTailKeys * kRowBytes);
+    fill_zero(shared_dout + query * kRowBytes, kTailKeys * kRowBytes);
+    fill_zero(stats + query * 16, kTailKeys * 16);
+  }
+
+  __device__ __forceinline__ void load(const Unit& u, int first) const {
+    constexpr int kChunks = kHeadDim / 8;
+    const int column = at.lane / kChunks, chunk = at.lane % kChunks, pitch = p.tiling.pitch;
+    const RowSource q(plane_base<const T>(p.q, batch, z, u.head), p.q, p, u, column, chunk);
+    const RowSource dout(plane_base<const T>(p.dout, batch, z, u.head), p.dout, p, u, column, chunk);
+    load_rows<kHeadDim, false>(p, at, q, dout, shared_q + first * kRowBytes, shared_dout + first * kRowBytes, 0,
+                               p.tiling.rows, u.box_y.size());
+    const uint4* from = plane_base<const uint4>(p.stats, batch, z, u.head);
+    for (int row = at.warp; row < u.box_y.size(); row += at.warps)
+      for (int c = at.lane; c < pitch; c += 32) {
+        const int x = u.box_x.begin + detail::min(c, u.box_x.size() - 1);
+        ptx::cp_async_16(stats + (first + row * pitch + c) * 16, from + u.offset(p.stats, p, u.box_y.begin + row, x));
+      }
+  }
+
+  /// A fragments of the tile's two rows.
+  __device__ __forceinline__ void load_fragments(uint32_t (&a)[kHeadDim / 16][4], const Plane& t, int y, int x) const {
+    uint4 words[2][kWords];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = unit.y0 + detail::min(y + i, unit.ny - 1);
+      const T* from = plane_base<const T>(t, batch, z, unit.head) + unit.offset(t, p, row, x) + at.t * 8;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) words[i][w] = ptx::load_global_128(from + w * 32);
+    }
+    make_fragments<kHeadDim>(a, words, p.zero);
+  }
+
+  __device__ __forceinline__ void run() {
+    const bool has_column = at.x + at.g < unit.nx;
+    const int x = unit.x0 + detail::min(at.x + at.g, unit.nx - 1), step = p.tiling.row_pairs * 2;
+    const int first = seen_from<true>(unit.x, unit.x0 + at.x).begin;
+    const int columns = seen_from<true>(unit.x, unit.x0 + detail::min(at.x + 7, unit.nx - 1)).end - first;
+    const Span seen = seen_from<true>(unit.x, x), mine{seen.begin - first, seen.end - first};
+    WindowDKDV<T, kHeadDim, kOctets> tile(p, at);
+    tile.weights = SplitWeights<T>::fragment(at.t);
+    tile.to_dout = shared_dout - shared_q;
+    tile.row_bytes = p.tiling.pitch * kRowBytes, tile.row_stats = p.tiling.pitch * 16;
+    const int column = at.unit * p.tiling.rows * p.tiling.pitch + first - unit.box_x.begin;
+    for (int y = at.row_pair * 2; y < unit.ny; y += step) {
+      const bool has_second = y + 1 < unit.ny;
+      load_fragments(tile.k, p.k, y, x), load_fragments(tile.v, p.v, y, x);
+      const RowPair rows(spans, y, has_second);
+      tile.attend(shared_q + rows.first_row * tile.row_bytes, stats + rows.first_row * tile.row_stats, rows, column,
+                  columns, mine);
+      store(p.dk, tile.acc_dk, p.scale, y, x, has_column, has_second);
+      store(p.dv, tile.acc_dv, 1.0f, y, x, has_column, has_second);
+    }
+  }
+
+  __device__ __forceinline__ void store(const Plane& t, const float (&acc)[kHeadDim / 8][4], float factor, int y, int x,
+                                        bool has_column, bool has_second) const {
+    if (!t.ptr) return;
+    T* to = plane_base<T>(t, batch, z, unit.head) + unit.offset(t, p, unit.y0 + y, x);
+    store_tile<T, kHeadDim>(to, p.y.dilation * t.y, at, acc, factor, factor, has_column, has_second);
+  }
+};
+
+template <class T, int kHeadDim, int kOctets>
+__global__ void __launch_bounds__(256, kHeadDim == 32 ? 2 : 1)
+    window_dkdv_kernel(const __grid_constant__ WindowParams p) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  WindowDKDVBlock<T, kHeadDim, kOctets> block(p, ptx::shared_address(smem));
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  if (block.at.x < block.unit.nx) block.run();
+}
+
+void launch_window_dkdv(const WindowParams& params, DType dtype, int head_dim, void* stream) {
+  dispatch_window(dtype, head_dim, [&](auto element, auto dim) {
+    using T = decltype(element);
+    const size_t bytes = window_shared_bytes(params, 2, dim, true);
+    const auto go = [&](auto kernel) { launch_window(kernel, params, bytes, stream); };
+    if (dim == 32 && params.octets() == 1) return go(window_dkdv_kernel<T, 32, 1>);
+    go(window_dkdv_kernel<T, dim, 2>);
+  });
+}
+
+}  // namespace natten::cuda_portable

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: MIT
+// Backward for small windows, the part of the queries: dq, and the statistics that window_dkdv.cu needs.
+//
+// A block holds the key box of its units; a warp's tile of 2 x 8 queries walks over its key rows once:
+// S = Q K^T, dP - delta = dO V^T - delta (delta is the addend of the product), dS = exp2(S - lse) * (dP - delta),
+// dQ += dS K. delta = rowsum(dO * O) - dlse comes from the tile's own rows.
+#include "cuda/launch.h"
+#include "cuda/portable/window.cuh"
+#include "cuda/portable/window_dispatch.cuh"
+#include "cuda/portable/window_stats.cuh"
+
+namespace natten::cuda_portable {
+
+template <class T, int kHeadDim, int kOctets>
+struct WindowDQ {
+  static constexpr int kWords = kHeadDim / 32, kKeyBytes = kHeadDim * 2;
+  static constexpr int kStep = 3 - kOctets;  // key rows of a step of 16 keys
+
+  const WindowParams& p;
+  const Place at;
+  uint32_t q[kHeadDim / 16][4], dout[kHeadDim / 16][4];
+  float mask[kOctets][4];
+  float lse_log2[2], minus_delta[4];
+  uint32_t lane_row, lane_transposed, to_v, row_bytes;
+  float acc[kHeadDim / 8][4];
+
+  __device__ __forceinline__ WindowDQ(const WindowParams& params, const Place& place) : p(params), at(place) {}
+
+  template <bool kCareful>
+  __device__ __forceinline__ void pass(uint32_t offset, const RowPair& rows) {
+    set_zero(acc);
+#pragma unroll 1
+    for (int row = 0; row < rows.rows; row += kStep, offset += kStep * row_bytes) {
+      const bool second_row = row + 1 < rows.rows;
+      const uint32_t to_second = kOctets == 2 ? 8 * kKeyBytes : second_row ? row_bytes : 0;
+      const uint32_t keys = lane_row + offset;
+      uint4 k[2][kWords], v[2][kWords];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        load_key<kHeadDim>(k[h], keys + h * to_second);
+        load_key<kHeadDim>(v[h], keys + h * to_second + to_v);
+      }
+      float s[2][4], dp[2][4];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        multiply_keys<T, kHeadDim>(s[h], q, k[h], mask[kOctets == 2 ? h : 0]);
+        multiply_keys<T, kHeadDim>(dp[h], dout, v[h], minus_delta);
+      }
+      uint32_t value[kHeadDim / 16][4], ds[4];
+      const bool other_row = kOctets == 1 && (at.lane & 8) && second_row;
+      load_transposed<kHeadDim>(value, lane_transposed + offset + (other_row ? row_bytes : 0));
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int key_row = kOctets == 2 ? row : row + h;
+        const bool sees[2] = {key_row < rows.limit0, key_row >= rows.first1 && key_row < rows.rows};
+        float x[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float addend = sees[e / 2] ? -lse_log2[e / 2] : -INFINITY;
+          x[e] = ptx::exp2_approx(fmaf(s[h][e], p.scale_log2, addend)) * dp[h][e];
+          if (kCareful && !(sees[e / 2] && mask[kOctets == 2 ? h : 0][e] == 0)) x[e] = 0;
+        }
+        ds[2 * h] = ptx::pack<T>(x[0], x[1]), ds[2 * h + 1] = ptx::pack<T>(x[2], x[3]);
+      }
+      if (kCareful) clean(value);
+      multiply_values<T, kHeadDim>(acc, ds, value);
+    }
+  }
+
+  __device__ static __forceinline__ void clean(uint32_t (&value)[kHeadDim / 16][4]) {
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 16; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) value[j][i] = without_nonfinite<T>(value[j][i]);
+  }
+
+  /// Non-finite sums may come from keys that are not seen: then once more, with care.
+  __device__ __forceinline__ void attend(uint32_t offset, const RowPair& rows) {
+    pass<false>(offset, rows);
+    if (__all_sync(~0u, finite_witness(acc, 0) + finite_witness(acc, 1) == 0)) return;
+    WindowDQ copy = *this;  // whose address may be taken
+    again(copy, offset, rows);
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[n][e] = copy.acc[n][e];
+  }
+  __device__ static __noinline__ void again(WindowDQ& tile, uint32_t offset, RowPair rows) {
+    tile.template pass<true>(offset, rows);
+  }
+};
+
+template <class T, int kHeadDim, int kOctets>
+struct WindowDQBlock {
+  static constexpr int kWords = kHeadDim / 32, kKeyBytes = kHeadDim * 2;
+
+  const WindowParams& p;
+  const Place at;
+  int64_t batch;
+  int z;
+  Unit unit;  // of this warp
+  uint32_t shared_k, shared_v, spans;
+
+  __device__ __forceinline__ WindowDQBlock(const WindowParams& params, uint32_t shared) : p(params), at(params) {
+    const WindowTiling& t = p.tiling;
+    int block = blockIdx.x, plane = p.by_blocks.split(block);
+    batch = p.by_z.split(plane), z = plane;
+    const int keys = t.rows * t.pitch;
+    shared_k = shared, shared_v = shared_k + (t.units * keys + kTailKeys) * kKeyBytes;
+    spans = shared_v + (t.units * keys + kTailKeys) * kKeyBytes;
+    for (int i = 0; i < t.units; ++i) {
+      const Unit u = decode_unit<false>(p, block * t.units + i);
+      const uint32_t offset = i * keys * kKeyBytes;
+      if (u.ny > 0) {
+        load(u, offset);
+        fill_row_spans<false>(spans + i * t.tile_y * 8, u);
+      } else {
+        fill_zero(shared_k + offset, kTailKeys * kKeyBytes), fill_zero(shared_v + offset, kTailKeys * kKeyBytes);
+      }
+      if (i == at.unit) unit = u;
+    }
+    ptx::cp_async_commit();
+    fill_zero(shared_k + t.units * keys * kKeyBytes, kTailKeys * kKeyBytes);
+    fill_zero(shared_v + t.units * keys * kKeyBytes, kTailKeys * kKeyBytes);
+    spans += at.unit * t.tile_y * 8;
+  }
+
+  __device__ __forceinline__ void load(const Unit& u, uint32_t offset) const {
+    constexpr int kChunks = kHeadDim / 8;
+    const int column = at.lane / kChunks, chunk = at.lane % kChunks;
+    const RowSource k(plane_base<const T>(p.k, batch, z, u.head), p.k, p, u, column, chunk);
+    const RowSource v(plane_base<const T>(p.v, batch, z, u.head), p.v, p, u, column, chunk);
+    load_rows<kHeadDim, false>(p, at, k, v, shared_k + offset, shared_v + offset, 0, p.tiling.rows, u.box_y.size());
+  }
+
+  /// What a tile's two rows bring along, 16 bytes of each row per lane.
+  struct Loaded {
+    uint4 q[2][kWords], dout[2][kWords], out[2][kWords];
+    float lse[2], dlse[2];
+  };
+
+  __device__ __forceinline__ Loaded load_tile(int y, int x) const {
+    Loaded l;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = unit.y0 + detail::min(y + i, unit.ny - 1);
+      const T* q = plane_base<const T>(p.q, batch, z, unit.head) + unit.offset(p.q, p, row, x) + at.t * 8;
+      const T* dout = plane_base<const T>(p.dout, batch, z, unit.head) + unit.offset(p.dout, p, row, x) + at.t * 8;
+      const T* out = plane_base<const T>(p.out, batch, z, unit.head) + unit.offset(p.out, p, row, x) + at.t * 8;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        l.q[i][w] = ptx::load_global_128(q + w * 32), l.dout[i][w] = ptx::load_global_128(dout + w * 32);
+        l.out[i][w] = ptx::load_global_128(out + w * 32);
+      }
+      l.lse[i] = *(plane_base<const float>(p.lse, batch, z, unit.head) + unit.offset(p.lse, p, row, x));
+      l.dlse[i] = 0;
+      if (p.dlse.ptr)
+        l.dlse[i] = *(plane_base<const float>(p.dlse, batch, z, unit.head) + unit.offset(p.dlse, p, row, x));
+    }
+    return l;
+  }
+
+  __device__ __forceinline__ void run() {
+    const bool has_column = at.x + at.g < unit.nx;
+    const int x = unit.x0 + detail::min(at.x + at.g, unit.nx - 1), step = p.tiling.row_pairs * 2;
+    const Span first = seen_from<false>(unit.x, unit.x0 + at.x), mine = seen_from<false>(unit.x, x);
+    WindowDQ<T, kHeadDim, kOctets> tile(p, at);
+    column_mask<kOctets>(tile.mask, p, at, {mine.begin - first.begin, mine.end - first.begin});
+    const LaneAddresses<kHeadDim, kOctets> lane(
+        at, at.unit * p.tiling.rows * p.tiling.pitch + first.begin - unit.box_x.begin);
+    tile.lane_row = shared_k + lane.row, tile.lane_transposed = shared_k + lane.transposed;
+    tile.to_v = shared_v - shared_k, tile.row_bytes = p.tiling.pitch * kKeyBytes;
+    for (int y = at.row_pair * 2; y < unit.ny; y += step) {
+      const bool has_second = y + 1 < unit.ny;
+      const Loaded l = load_tile(y, x);
+      take(tile, l);
+      if (has_column && at.t == 0) store_stats(tile, y, x, has_second, l);
+      const RowPair rows(spans, y, has_second);
+      tile.attend(rows.first_row * tile.row_bytes, rows);
+      if (!p.dq.ptr) continue;
+      T* dq = plane_base<T>(p.dq, batch, z, unit.head) + unit.offset(p.dq, p, unit.y0 + y, x);
+      store_tile<T, kHeadDim>(dq, p.y.dilation * p.dq.y, at, tile.acc, p.scale, p.scale, has_column, has_second);
+    }
+  }
+
+  __device__ __forceinline__ void take(WindowDQ<T, kHeadDim, kOctets>& tile, const Loaded& l) const {
+    constexpr float kLog2e = 1.44269504088896341f;
+    make_fragments<kHeadDim>(tile.q, l.q, p.zero), make_fragments<kHeadDim>(tile.dout, l.dout, p.zero);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float delta = 0;
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) delta += dot_words<T>(l.dout[i][w], l.out[i][w]);
+      const float minus_delta = l.dlse[i] - add_over_quad(delta);
+      tile.minus_delta[2 * i] = minus_delta, tile.minus_delta[2 * i + 1] = minus_delta + p.zero_float;
+      tile.lse_log2[i] = l.lse[i] * kLog2e;
+    }
+  }
+
+  __device__ __forceinline__ void store_stats(const WindowDQ<T, kHeadDim, kOctets>& tile, int y, int x, bool has_second,
+                                              const Loaded& l) const {
+    uint4* stats = plane_base<uint4>(p.stats, batch, z, unit.head) + unit.offset(p.stats, p, unit.y0 + y, x);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (i == 1 && !has_second) continue;
+      const uint2 a = SplitWeights<T>::split(-l.lse[i] / p.scale);
+      const uint2 b = SplitWeights<T>::split(tile.minus_delta[2 * i]);
+      ptx::store_global_128(stats + i * p.y.dilation * p.stats.y, uint4{a.x, a.y, b.x, b.y});
+    }
+  }
+};
+
+template <class T, int kHeadDim, int kOctets>
+__global__ void __launch_bounds__(256, kHeadDim == 32 ? 2 : 1)
+    window_dq_kernel(const __grid_constant__ WindowParams p) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  WindowDQBlock<T, kHeadDim, kOctets> block(p, ptx::shared_address(smem));
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  if (block.at.x < block.unit.nx) block.run();
+}
+
+void launch_window_dq(const WindowParams& params, DType dtype, int head_dim, void* stream) {
+  dispatch_window(dtype, head_dim, [&](auto element, auto dim) {
+    using T = decltype(element);
+    const size_t bytes = window_shared_bytes(params, 2, dim, false);
+    const auto go = [&](auto kernel) { launch_window(kernel, params, bytes, stream); };
+    if (dim == 32 && params.octets() == 1) return go(window_dq_kernel<T, 32, 1>);
+    go(window_dq_kernel<T, dim, 2>);
+  });
+}
+
+}  // namespace natten::cuda_portable

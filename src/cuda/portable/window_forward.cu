@@ -1,0 +1,344 @@
+// SPDX-License-Identifier: MIT
+// Forward for small windows. A warp's tile of 2 x 8 queries meets its key rows one after the other (window.h).
+//
+// NOTE: no maximum is taken first. exp2(logit) needs none in fp32 and bfloat16 as long as logits stay within some 46 of
+// zero; a tile whose sums leave the safe range, or are not finite, is computed again by `again`, rarely. That saves the
+// registers of all scores and all shuffles of a maximum: 30 % more warps per multiprocessor. A half would overflow, so
+// with f16 the maximum comes first, from an extra pass over the keys.
+#include "cuda/launch.h"
+#include "cuda/portable/window.cuh"
+#include "cuda/portable/window_dispatch.cuh"
+
+namespace natten::cuda_portable {
+
+template <class T, int kHeadDim, int kOctets, bool kRing>
+struct WindowForward {
+  static constexpr int kWords = kHeadDim / 32, kKeyBytes = kHeadDim * 2;
+  static constexpr int kStep = kOctets == 2 ? 2 : 4;  // key rows of an iteration: two steps of 16 keys
+  static constexpr bool kMaximumFirst = std::is_same_v<T, f16>;
+
+  const WindowParams& p;
+  const Place at;
+  uint32_t q[kHeadDim / 16][4];  // A fragments
+  float mask[kOctets][4];
+  uint32_t lane_k, lane_v;  // addresses of the first key row's fragments
+  uint32_t row_bytes, ring_bytes;
+
+  float acc_o[kHeadDim / 8][4];
+  float row_sum[2];    // exact, for the log-sum-exp
+  float acc_sum[4];    // of the rounded probabilities, in elements 0 and 2: what acc_o is divided by
+  float reference[2];  // base-2 logit that counts as 0
+
+  __device__ __forceinline__ WindowForward(const WindowParams& params, const Place& place) : p(params), at(place) {}
+
+  __device__ __forceinline__ uint32_t next_row(uint32_t offset) const {
+    offset += row_bytes;
+    return kRing ? min(offset, offset - ring_bytes) : offset;  // unsigned: the difference of a smaller one is huge
+  }
+
+  /// Logits before the scale, of 8 keys.
+  __device__ __forceinline__ void scores(float (&s)[4], uint32_t offset, int octet) const {
+    uint4 key[kWords];
+    load_key<kHeadDim>(key, lane_k + offset + octet * 8 * kKeyBytes);
+    multiply_keys<T, kHeadDim>(s, q, key, mask[octet]);
+  }
+
+  /// One step of 16 keys: rows `row` (and `row + 1`, if an octet is all there is of a row).
+  template <bool kCareful>
+  __device__ __forceinline__ void add_step(const float (&s)[2][4], int row, uint32_t offset0, uint32_t offset1,
+                                           const RowPair& rows, float (&nonfinite)[kHeadDim / 8][4]) {
+    uint32_t value[kHeadDim / 16][4], probability[4], visible[4];
+    load_transposed<kHeadDim>(value, lane_v + (kOctets == 1 && (at.lane & 8) ? offset1 : offset0));
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int key_row = kOctets == 2 ? row : row + h;
+      const bool sees[2] = {key_row < rows.limit0, key_row >= rows.first1 && key_row < rows.rows};
+      float x[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float addend = sees[e / 2] ? -reference[e / 2] : -INFINITY;
+        x[e] = ptx::exp2_approx(fmaf(s[h][e], p.scale_log2, addend));
+        const bool visible_key = sees[e / 2] && mask[kOctets == 2 ? h : 0][e] == 0;
+        if (kCareful && !visible_key) x[e] = 0;
+      }
+      row_sum[0] += x[0] + x[1], row_sum[1] += x[2] + x[3];
+      probability[2 * h] = ptx::pack<T>(x[0], x[1]), probability[2 * h + 1] = ptx::pack<T>(x[2], x[3]);
+      if (!kCareful) continue;
+      const float* m = mask[kOctets == 2 ? h : 0];
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        visible[2 * h + i] = ptx::pack<T>(sees[i] && m[2 * i] == 0, sees[i] && m[2 * i + 1] == 0);
+    }
+    if (kCareful) count_nonfinite(value, visible, nonfinite);
+    multiply_values<T, kHeadDim>(acc_o, probability, value);
+    // NOTE: without a maximum no probability is exactly 1, and dividing by the exact sum would err by a fifth more.
+    const uint32_t ones = ptx::pack<T>(1, 1);
+    ptx::mma_16816<T>(acc_sum, probability, ones, ones);
+  }
+
+  /// NaN counts 1, infinity 2^7, -infinity 2^14: at most 127 keys are seen. They leave `value`, so that 0 * NaN does
+  /// not reach the queries that do not see them.
+  __device__ __forceinline__ void count_nonfinite(uint32_t (&value)[kHeadDim / 16][4], const uint32_t (&visible)[4],
+                                                  float (&nonfinite)[kHeadDim / 8][4]) const {
+    constexpr uint32_t kInfinity = std::is_same_v<T, bf16> ? 0x7f80 : 0x7c00;
+    const auto weight = [](uint32_t half) {
+      return !is_nonfinite_half<T>(half)     ? 0.0f
+             : half == kInfinity             ? 128.0f
+             : half == (kInfinity | 0x8000u) ? 16384.0f
+                                             : 1.0f;
+    };
+    uint32_t weights[kHeadDim / 16][4];
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 16; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        weights[j][i] = ptx::pack<T>(weight(value[j][i] & 0xffff), weight(value[j][i] >> 16));
+        value[j][i] = without_nonfinite<T>(value[j][i]);
+      }
+    multiply_values<T, kHeadDim>(nonfinite, visible, weights);
+  }
+
+  /// All key rows of the tile, from `offset` on. kCareful: what is not seen is left out by selection, not by adding
+  /// -infinity, and non-finite values are counted.
+  template <bool kCareful>
+  __device__ __forceinline__ void pass(uint32_t offset, const RowPair& rows, float (&nonfinite)[kHeadDim / 8][4]) {
+    set_zero(acc_o);
+    row_sum[0] = row_sum[1] = 0;
+    acc_sum[0] = acc_sum[1] = acc_sum[2] = acc_sum[3] = 0;
+#pragma unroll 1
+    for (int row = 0; row < rows.rows; row += kStep) {
+      uint32_t of[kStep];  // rows past the last one repeat it and are masked
+      of[0] = offset;
+#pragma unroll
+      for (int i = 1; i < kStep; ++i) of[i] = row + i < rows.rows ? next_row(of[i - 1]) : of[i - 1];
+      float s[2][2][4];
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) scores(s[k][h], of[kOctets == 2 ? k : 2 * k + h], kOctets == 2 ? h : 0);
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        add_step<kCareful>(s[k], row + (kOctets == 2 ? k : 2 * k), of[kOctets == 2 ? k : 2 * k],
+                           of[kOctets == 2 ? k : 2 * k + 1], rows, nonfinite);
+      offset = next_row(of[kStep - 1]);
+    }
+    row_sum[0] = add_over_quad(row_sum[0]), row_sum[1] = add_over_quad(row_sum[1]);
+  }
+
+  /// The true maximum as reference, of rows that are not `good`.
+  __device__ __forceinline__ void take_maximum(uint32_t offset, const RowPair& rows, bool good0, bool good1) {
+    float maximum[2] = {-INFINITY, -INFINITY};
+#pragma unroll 1
+    for (int row = 0; row < rows.rows; ++row, offset = next_row(offset))
+#pragma unroll
+      for (int h = 0; h < kOctets; ++h) {
+        float s[4];
+        scores(s, offset, h);
+        if (row < rows.limit0) maximum[0] = fmaxf(maximum[0], fmaxf(s[0], s[1]));
+        if (row >= rows.first1) maximum[1] = fmaxf(maximum[1], fmaxf(s[2], s[3]));
+      }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      maximum[i] = fmaxf(maximum[i], __shfl_xor_sync(~0u, maximum[i], 1));
+      maximum[i] = fmaxf(maximum[i], __shfl_xor_sync(~0u, maximum[i], 2));
+    }
+    if (!good0) reference[0] = maximum[0] * p.scale_log2;
+    if (!good1) reference[1] = maximum[1] * p.scale_log2;
+  }
+
+  __device__ __forceinline__ bool is_good(int row) const {
+    const bool in_range = kMaximumFirst ? row_sum[row] == row_sum[row] : row_sum[row] > 1e-20f && row_sum[row] < 1e20f;
+    return in_range && finite_witness(acc_o, row) == 0;
+  }
+
+  /// Rows whose sums were good keep their reference and hence their bits.
+  __device__ __forceinline__ void compute_again(uint32_t offset, const RowPair& rows) {
+    float nonfinite[kHeadDim / 8][4];
+#pragma unroll 1
+    for (int attempt = 0; attempt < 2; ++attempt) {
+      set_zero(nonfinite);
+      pass<true>(offset, rows, nonfinite);
+      const bool good0 = is_good(0), good1 = is_good(1);
+      if (attempt == 1 || __all_sync(~0u, good0 && good1)) break;
+      take_maximum(offset, rows, quad_all(good0), quad_all(good1));
+    }
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int count = int(nonfinite[n][e]);
+        if (count & 127) acc_o[n][e] = NAN;
+        if (count >> 7 & 127) acc_o[n][e] += INFINITY;
+        if (count >> 14) acc_o[n][e] -= INFINITY;
+      }
+  }
+
+  __device__ __forceinline__ void take_results(const WindowForward& other) {
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc_o[n][e] = other.acc_o[n][e];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) row_sum[i] = other.row_sum[i], reference[i] = other.reference[i];
+    acc_sum[0] = other.acc_sum[0], acc_sum[2] = other.acc_sum[2];
+  }
+
+  __device__ __forceinline__ bool quad_all(bool x) const {
+    return (__ballot_sync(~0u, x) >> (at.lane & ~3) & 15) == 15;
+  }
+
+  __device__ __forceinline__ void attend(uint32_t offset, const RowPair& rows) {
+    reference[0] = reference[1] = 0;
+    if (kMaximumFirst) take_maximum(offset, rows, false, false);
+    float unused[kHeadDim / 8][4];
+    pass<false>(offset, rows, unused);
+    if (__all_sync(~0u, is_good(0) && is_good(1))) return;
+    WindowForward copy = *this;  // whose address may be taken
+    again(copy, offset, rows);
+    take_results(copy);
+  }
+
+  /// NOTE: a function of its own, so that its registers are not spilled in every tile.
+  __device__ static __noinline__ void again(WindowForward& tile, uint32_t offset, RowPair rows) {
+    tile.compute_again(offset, rows);
+  }
+};
+
+template <class T, int kHeadDim, int kOctets, bool kRing>
+struct WindowForwardBlock {
+  static constexpr int kWords = kHeadDim / 32, kKeyBytes = kHeadDim * 2;
+
+  const WindowParams& p;
+  const Place at;
+  int64_t batch;
+  int z;
+  Unit unit;  // of this warp
+  uint32_t shared_k, shared_v, spans;
+  int loaded;  // rows of the ring that are there or on their way
+
+  __device__ __forceinline__ WindowForwardBlock(const WindowParams& params, uint32_t shared) : p(params), at(params) {
+    const WindowTiling& t = p.tiling;
+    int block = blockIdx.x, plane = p.by_blocks.split(block);
+    batch = p.by_z.split(plane), z = plane;
+    const int units = kRing ? 1 : t.units, keys = t.rows * t.pitch;
+    shared_k = shared, shared_v = shared_k + (units * keys + kTailKeys) * kKeyBytes;
+    spans = shared_v + (units * keys + kTailKeys) * kKeyBytes;
+    loaded = t.rows;
+    for (int i = 0; i < units; ++i) {
+      const Unit u = decode_unit<false>(p, block * units + i);
+      const uint32_t offset = i * keys * kKeyBytes;
+      if (u.ny > 0) {
+        load(u, shared_k + offset, shared_v + offset, 0, loaded);
+        fill_row_spans<false>(spans + i * t.tile_y * 8, u);
+      } else {
+        fill_zero(shared_k + offset, kTailKeys * kKeyBytes), fill_zero(shared_v + offset, kTailKeys * kKeyBytes);
+      }
+      if (i == at.unit) unit = u;
+    }
+    ptx::cp_async_commit();
+    fill_zero(shared_k + units * keys * kKeyBytes, kTailKeys * kKeyBytes);
+    fill_zero(shared_v + units * keys * kKeyBytes, kTailKeys * kKeyBytes);
+    spans += kRing ? 0 : at.unit * t.tile_y * 8;
+  }
+
+  __device__ __forceinline__ void load(const Unit& u, uint32_t to_k, uint32_t to_v, int begin, int end) const {
+    constexpr int kChunks = kHeadDim / 8;
+    const int head_kv = u.head / p.heads_per_kv, column = at.lane / kChunks, chunk = at.lane % kChunks;
+    const RowSource k(plane_base<const T>(p.k, batch, z, head_kv), p.k, p, u, column, chunk);
+    const RowSource v(plane_base<const T>(p.v, batch, z, head_kv), p.v, p, u, column, chunk);
+    load_rows<kHeadDim, kRing>(p, at, k, v, to_k, to_v, begin, end, u.box_y.size());
+  }
+
+  __device__ __forceinline__ void run() {
+    const int step = p.tiling.row_pairs * 2, steps = (unit.ny + step - 1) / step;
+    const bool has_octet = at.x < unit.nx, has_column = at.x + at.g < unit.nx;
+    const int x = unit.x0 + detail::min(at.x + at.g, unit.nx - 1);
+    const int row_q = p.y.dilation * p.q.y, row_out = p.y.dilation * p.out.y, row_lse = p.y.dilation * p.lse.y;
+    const T* q = plane_base<const T>(p.q, batch, z, unit.head) + unit.offset(p.q, p, unit.y0, x) + at.t * 8;
+    uint4 next[2][kWords];
+    const auto load_queries = [&](int y) {
+      const T* first = q + y * row_q;
+      const T* second = first + (y + 1 < unit.ny ? row_q : 0);
+#pragma unroll
+      for (int i = 0; i < kWords; ++i)
+        next[0][i] = ptx::load_global_128(first + i * 32), next[1][i] = ptx::load_global_128(second + i * 32);
+    };
+    if (has_octet) load_queries(detail::min(at.row_pair * 2, unit.ny - 1));
+
+    const Span first = seen_from<false>(unit.x, unit.x0 + detail::min(at.x, unit.nx - 1));
+    const Span mine = seen_from<false>(unit.x, x);
+    WindowForward<T, kHeadDim, kOctets, kRing> tile(p, at);
+    column_mask<kOctets>(tile.mask, p, at, {mine.begin - first.begin, mine.end - first.begin});
+    const int keys = p.tiling.rows * p.tiling.pitch;
+    const int column = (kRing ? 0 : at.unit * keys) + (has_octet ? first.begin - unit.box_x.begin : 0);
+    const int key = column + at.g, value = column + (kOctets == 2 ? at.lane & 15 : at.lane & 7);
+    tile.lane_k = shared_k + key * kKeyBytes + ((at.t ^ chunk_swizzle<kHeadDim>(key)) << 4);
+    tile.lane_v = shared_v + value * kKeyBytes + ((at.lane / 16 ^ chunk_swizzle<kHeadDim>(value)) << 4);
+    tile.row_bytes = p.tiling.pitch * kKeyBytes, tile.ring_bytes = keys * kKeyBytes;
+
+    if (!kRing) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+    }
+    const int to_out = unit.offset(p.out, p, unit.y0, x), to_lse = unit.offset(p.lse, p, unit.y0, x);
+    for (int i = 0; i < steps; ++i) {
+      if (kRing) advance_ring(i, steps, step);
+      const int y = i * step + at.row_pair * 2;
+      if (!has_octet || y >= unit.ny) continue;
+      make_fragments<kHeadDim>(tile.q, next, p.zero);
+      load_queries(detail::min(y + step, unit.ny - 1));
+      const bool has_second = y + 1 < unit.ny;
+      const RowPair rows(spans, y, has_second);
+      int slot = rows.first_row;
+      if (kRing) p.by_rows.split(slot);
+      tile.attend(slot * tile.row_bytes, rows);
+      store(tile, to_out + y * row_out, to_lse + y * row_lse, has_column, has_second);
+    }
+  }
+
+  /// The rows of this step are here, and those of the next one under way.
+  __device__ __forceinline__ void advance_ring(int i, int steps, int step) {
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    if (i + 1 < steps) {
+      const int last = detail::min((i + 2) * step, unit.ny) - 1;
+      const int needed = int(ptx::load_shared_32(spans + last * 8 + 4));
+      if (needed > loaded) load(unit, shared_k, shared_v, loaded, needed), loaded = needed;
+    }
+    ptx::cp_async_commit();
+  }
+
+  __device__ __forceinline__ void store(const WindowForward<T, kHeadDim, kOctets, kRing>& tile, int to_out, int to_lse,
+                                        bool has_column, bool has_second) const {
+    T* out = plane_base<T>(p.out, batch, z, unit.head) + to_out;
+    store_tile<T, kHeadDim>(out, p.y.dilation * p.out.y, at, tile.acc_o, ptx::reciprocal_approx(tile.acc_sum[0]),
+                            ptx::reciprocal_approx(tile.acc_sum[2]), has_column, has_second);
+    if (!p.lse.ptr || !has_column || at.t != 0) return;
+    constexpr float kLn2 = 0.693147180559945f;
+    float* lse = plane_base<float>(p.lse, batch, z, unit.head) + to_lse;
+    *lse = kLn2 * (tile.reference[0] + ptx::log2_approx(tile.row_sum[0]));
+    if (has_second) lse[p.y.dilation * p.lse.y] = kLn2 * (tile.reference[1] + ptx::log2_approx(tile.row_sum[1]));
+  }
+};
+
+template <class T, int kHeadDim, int kOctets, bool kRing>
+__global__ void __launch_bounds__(kRing || kOctets == 1 ? 128 : 256, (kRing || kOctets == 1 ? 4 : 2) - (kHeadDim == 64))
+    window_forward_kernel(const __grid_constant__ WindowParams p) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  WindowForwardBlock<T, kHeadDim, kOctets, kRing> block(p, ptx::shared_address(smem));
+  if (kRing && block.unit.ny == 0) return;
+  block.run();
+}
+
+void launch_window_forward(const WindowParams& params, DType dtype, int head_dim, void* stream) {
+  dispatch_window(dtype, head_dim, [&](auto element, auto dim) {
+    using T = decltype(element);
+    const size_t bytes = window_shared_bytes(params, 2, dim, false);
+    const auto go = [&](auto kernel) { launch_window(kernel, params, bytes, stream); };
+    if (params.tiling.ring) return go(window_forward_kernel<T, dim, 2, true>);
+    if (params.octets() == 1) return go(window_forward_kernel<T, dim, 1, false>);
+    go(window_forward_kernel<T, dim, 2, false>);
+  });
+}
+
+}  // namespace natten::cuda_portable

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: MIT
+// The kernels for small windows on the emulated GPU: problems that reach them, and values that are not finite. The
+// tests of the CPU engines run on the same GPU and reach the others.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+
+#include "cases.h"
+#include "natten/attention.h"
+#include "operands.h"
+
+namespace {
+
+using natten::DeviceKind;
+using natten::DType;
+using natten::Pass;
+using natten::Plan;
+using test::Case;
+using test::Operands;
+
+constexpr uint32_t kSeed = 7;
+
+std::vector<Plan> plans(const natten::Problem& problem, Pass pass) {
+  natten::validate(problem);
+  std::vector<Plan> list = natten::list_plans(problem, pass, DeviceKind::cuda).plans;
+  std::erase_if(list, [](const Plan& plan) { return plan.backend != "portable"; });
+  return list;
+}
+
+void run_best_forward(Operands& operands) {
+  run(operands, Pass::forward, natten::choose_plan(operands.problem, Pass::forward, DeviceKind::cuda));
+}
+
+void check(const Case& c, DType dtype) {
+  SCOPED_TRACE(c.name + " " + test::to_string(dtype));
+  Operands operands(c, dtype, kSeed);
+  const test::Reference reference(operands);
+  for (const Pass pass : {Pass::forward, Pass::backward}) {
+    if (pass == Pass::backward && !plans(operands.problem, pass).empty()) run_best_forward(operands);
+    for (const Plan& plan : plans(operands.problem, pass)) {
+      SCOPED_TRACE(natten::to_string(plan));
+      run(operands, pass, plan);
+      reference.check(operands, pass);
+      const auto first = test::snapshot(operands, pass);
+      run(operands, pass, plan);
+      EXPECT_TRUE(test::snapshot(operands, pass) == first) << "other bits in a repetition";
+    }
+  }
+}
+
+class SmallWindows : public testing::TestWithParam<Case> {};
+
+TEST_P(SmallWindows, IsNearTheDenseAttention) {
+  for (const DType dtype : {DType::bf16, DType::f16}) check(GetParam(), dtype);
+}
+
+const auto kName = [](const auto& info) { return info.param.name; };
+INSTANTIATE_TEST_SUITE_P(Portable, SmallWindows, testing::ValuesIn(test::small_window_cases()), kName);
+
+/// Whether results stay the same bits, for all queries, or change to something that is not finite.
+void check_containment(Operands& operands, const Plan& plan, test::Tensor& poisoned, double bad) {
+  SCOPED_TRACE(natten::to_string(plan));
+  run(operands, Pass::forward, plan);
+  const std::vector<double> before = operands.out.values();
+  const test::Shape key = {1, 0, operands.problem.axes[1].extent / 2, operands.problem.axes[2].extent / 3, 0, 5};
+  const double good = poisoned.get(key);
+  poisoned.set(key, bad);
+  run(operands, Pass::forward, plan);
+  const std::vector<double> after = operands.out.values();
+  poisoned.set(key, good);
+  const bool value = &poisoned == &operands.v;
+  const dense::Problem p = test::to_dense(operands.problem);
+  size_t i = 0;
+  operands.out.for_each([&](const test::Shape& at) {
+    bool reached = at[0] == key[0] && at[4] == key[4] && (!value || at[5] == key[5]);
+    for (size_t a = 0; a < 3; ++a) reached = reached && dense::sees(p.axes[a], int(at[a + 1]), int(key[a + 1]));
+    EXPECT_TRUE(!reached || !std::isfinite(after[i])) << "a query sees it, but stayed finite";
+    EXPECT_TRUE(reached || before[i] == after[i]) << "a query does not see it, but changed";
+    EXPECT_TRUE(!reached || !value || std::isnan(bad) || after[i] == bad) << "not that infinity, but " << after[i];
+    ++i;
+  });
+}
+
+TEST(SmallWindow, ContainsNaNAndInfinityInKeysAndValues) {
+  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN(), kInfinity = HUGE_VAL;
+  for (const DType dtype : {DType::bf16, DType::f16})
+    for (const natten::Axis& y : {natten::Axis{19, 5, 1, 1, false}, natten::Axis{18, 4, 1, 3, true}}) {
+      Case c{.name = "", .axes = {y, natten::Axis{21, 7, 1, 1, false}}};
+      c.batch = 2, c.heads = 2, c.head_dim = 32;
+      Operands operands(c, dtype, kSeed);
+      for (const Plan& plan : plans(operands.problem, Pass::forward)) {
+        check_containment(operands, plan, operands.k, kNaN);
+        for (const double bad : {kNaN, kInfinity, -kInfinity}) check_containment(operands, plan, operands.v, bad);
+      }
+    }
+}
+
+}  // namespace
