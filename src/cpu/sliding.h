@@ -426,8 +426,8 @@ NATTEN_INLINE void store_pairs(const RowPair<Real, kVectors>& acc, const Tokens<
     }
 }
 
-/// P times V for two neighbouring queries of each row, kVectors vectors of channels. `values`: [ring slot][column]
-/// [channel] at the column of lane 0 and slot 0, ring slots `ring_stride` and columns `width` apart.
+/// P times V for two neighbouring queries of each row, kVectors vectors of channels. `values` at the column of lane 0
+/// and slot 0: [ring slot][column][channel], ring slots `ring_stride` and columns `width` apart.
 template <int kVectors, class Real, class T, class Finish>
 NATTEN_INLINE void weigh_values(const RowGroup& group, const Scores<Real>& weights, const Real* values,
                                 int64_t ring_stride, int64_t width, const Tokens<T>& to, Span x, int lane, int channel,

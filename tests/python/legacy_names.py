@@ -176,6 +176,7 @@ def results():
     """(era, name, what is wrong or '') for every name, in order."""
     import legacy_probes  # noqa: F401
     import legacy_probes_of_helpers  # noqa: F401
+    import legacy_probes_of_switches  # noqa: F401
 
     eras = era_of()
     for name in [*eras, *(name for name in PROBES if name not in eras)]:
