@@ -98,7 +98,7 @@ def _check(q, k, v, bias, extra_k, extra_v, window, stride, dilation, causal, sc
     if bias is not None and tuple(bias.shape) != (q.shape[-2], *(2 * w - 1 for w in window)):
         raise ValueError(f"the relative position bias has shape {list(bias.shape)}, which does not fit the window")
     numbers = q.shape[-2], heads_kv, q.shape[-1], v.shape[-1], num_extra, bias is not None
-    error = plans(False, q.dtype, (grid, *axes), numbers).get("error")
+    error = plans(False, q.device, q.dtype, (grid, *axes), numbers).get("error")
     if error:
         raise ValueError(error)
     if not may_be_oversize:
