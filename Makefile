@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 # Everything runs in .venv and build/; a second run does only what changed. Variables: PYTHON (makes .venv), JOBS,
-# PYTEST_ARGS, CTEST_ARGS, DEMO_ARGS, BENCH_ARGS, FUZZ_SECONDS.
+# PYTEST_ARGS, CTEST_ARGS, DEMO_ARGS, BENCH_ARGS, FUZZ_SECONDS, NATTEN_CUDA (1: with CUDA engines, 0: without; default:
+# with them where a GPU is visible).
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2> /dev/null || echo 2)
 PYTEST_ARGS ?=
@@ -16,11 +17,16 @@ unexport NATTEN_LIBRARY PYTHONPATH PYTHONHOME
 
 PY := .venv/bin/python
 DONE := .venv/.done
-SOURCES := $(shell find CMakeLists.txt include src bindings python -type f -not -name '*.pyc' 2> /dev/null)
+SOURCES := $(shell find CMakeLists.txt cmake include src bindings python -type f -not -name '*.pyc' 2> /dev/null)
 PIP := $(PY) -m pip --disable-pip-version-check
+NATTEN_CUDA ?= $(if $(wildcard /dev/nvidia[0-9]* /dev/dxg),1,0)
+export NATTEN_CUDA
+NVCC := $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc) $(shell command -v nvcc 2> /dev/null)
+FETCHED_NVCC := $(if $(strip $(NVCC)),,$(DONE)/nvcc)
+NEEDED_NVCC := $(if $(filter 1,$(NATTEN_CUDA)),$(FETCHED_NVCC))
 say = @printf '\n==> %s\n' "$(1)"
 
-.PHONY: help demo test test-slow test-cpp test-python asan bench compat mutate abi symbols
+.PHONY: help demo test test-slow test-cpp test-python asan emulated bench compat gpu-pack mutate abi symbols
 .PHONY: format format-check ruff lint budgets clean
 help:
 	@echo 'make demo       install what is missing, build, train a small network to segment photographs (demo.png)'
@@ -28,8 +34,10 @@ help:
 	@echo 'make test-slow  the tests that take minutes'
 	@echo 'make asan       C++ tests and a bounded fuzz under AddressSanitizer and UBSan'
 	@echo 'make compat     every name of older releases of the original: called and compared'
+	@echo 'make emulated   C++ tests of the CUDA engines where there is no GPU: their kernels as C++, on fibers'
 	@echo 'make mutate     break the operator on purpose: the tests must notice'
 	@echo 'make abi        one built library under the oldest and the newest torch'
+	@echo 'make gpu-pack   what tools/gpu_check.sh needs, built and copied into build/gpu, for a machine with a GPU'
 	@echo 'make bench      CPU speed, beside other implementations: bench/results/cpu.json'
 	@echo 'make format     rewrite sources in the house format;  make lint  check them, and the budgets'
 	@echo 'make clean      remove build/ (and, with ALL=1, .venv)'
@@ -58,8 +66,14 @@ $(DONE)/dev: requirements/dev.txt | $(DONE)/venv
 	$(PIP) install -r requirements/dev.txt
 	@touch $@
 
+# Not into .venv proper: the CUDA runtime that comes along is not the one that torch wants there.
+$(DONE)/nvcc: requirements/cuda.txt | $(DONE)/venv
+	$(call say,CUDA compiler from PyPI (300 MB))
+	$(PIP) install --upgrade --target .venv/nvcc -r requirements/cuda.txt
+	@touch $@
+
 # Built in build/dev, which the C++ tests share; the wheel takes the library from there.
-$(DONE)/natten: $(SOURCES) pyproject.toml | $(DONE)/venv $(DONE)/dependencies-demo
+$(DONE)/natten: $(SOURCES) pyproject.toml | $(DONE)/venv $(DONE)/dependencies-demo $(NEEDED_NVCC)
 	$(call say,Building and installing natten)
 	$(PIP) install -v --no-build-isolation --no-deps --force-reinstall -C build-dir=build/dev .
 	@touch $@
@@ -105,12 +119,22 @@ asan: | $(DONE)/system-test $(DONE)/venv
 	NATTEN_FUZZ_SECONDS=$(FUZZ_SECONDS) GTEST_FILTER='-*Determinism*:*Containment.Backward*' \
 	  ctest --preset asan -R 'natten_(tests|fuzz)' --no-tests=error -j $(JOBS) $(CTEST_ARGS)
 
+emulated: | $(DONE)/system-test $(DONE)/venv
+	$(call say,C++ tests and fuzz of the CUDA engines on an emulated GPU)
+	mkdir -p build/emulation
+	cmake --preset emulation > build/emulation/configure.log || { cat build/emulation/configure.log; exit 1; }
+	cmake --build --preset emulation
+	NATTEN_FUZZ_SECONDS=$(FUZZ_SECONDS) ctest --preset emulation --no-tests=error -j $(JOBS) $(CTEST_ARGS)
+
 bench: build/dev/.tests $(DONE)/natten $(DONE)/dependencies-test
 	$(call say,CPU benchmark)
 	$(PY) bench/cpu.py $(BENCH_ARGS)
 
 compat: $(DONE)/natten $(DONE)/dependencies-test
 	$(PY) -W ignore tools/compat_report.py
+
+gpu-pack: | $(DONE)/venv $(FETCHED_NVCC)
+	bash tools/gpu_pack.sh build/gpu
 
 mutate: build/dev/.tests $(DONE)/dependencies-test
 	bash tools/mutate.sh

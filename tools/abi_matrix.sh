@@ -3,7 +3,9 @@
 # Builds one wheel and smoke-tests it (abi_smoke.py) under the oldest torch that we support and under the newest, each
 # in an environment of its own below build/abi. Downloads both: gigabytes, minutes; a second run reuses them.
 #
-#   tools/abi_matrix.sh [TORCH_REQUIREMENT...]     default: the lower bound of pyproject.toml, then the newest
+#   tools/abi_matrix.sh [--suite torch] [TORCH_REQUIREMENT...]   default: the lower bound of pyproject.toml, the newest
+#
+# With `--suite torch` also the tests of what torch does with the ops, the same files under each: a quarter of an hour.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 unset NATTEN_LIBRARY PYTHONPATH
@@ -11,6 +13,12 @@ unset NATTEN_LIBRARY PYTHONPATH
 python=.venv/bin/python
 export PATH="$PWD/.venv/bin:$PATH"
 oldest=$(sed -n 's/^dependencies = .*torch>=\([0-9.]*\).*/\1/p' pyproject.toml)
+suite=()
+if [ "${1:-}" = --suite ]; then
+  [ "${2:-}" = torch ] || { echo "there is one suite: --suite torch" >&2; exit 2; }
+  suite=(tests/python/test_torch_*.py tests/python/test_{arguments,autocast,determinism,gradients,modules}.py)
+  shift 2
+fi
 requirements=("$@")
 [ $# -gt 0 ] || requirements=("torch==$oldest.*" torch)
 
@@ -42,6 +50,11 @@ for requirement in "${requirements[@]}"; do
     results+=("$requirement: FAILED $result")
     status=1
   fi
+  [ ${#suite[@]} -gt 0 ] || continue
+  # shellcheck disable=SC2046
+  "$venv/bin/python" -m pip install --disable-pip-version-check --quiet $("$python" tools/dependencies.py test)
+  "$venv/bin/python" -m pytest -q -p no:cacheprovider "${suite[@]}" | tee "$venv/suite.log" || status=1
+  results+=("$requirement: $(tail -1 "$venv/suite.log")")
 done
 
 printf '\n==> one library, sha256 %.16s\n' "$sum"

@@ -116,17 +116,18 @@ std::tuple<Tensor, Tensor> na_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor b
                                   std::vector<bool> causal, double scale, bool oversize, std::string plan_text) {
   return with_prefixed_errors([&]() -> std::tuple<Tensor, Tensor> {
     const Parameters par{window, stride, dilation, causal, scale, oversize, plan_text};
+    const DeviceScope device(q);
     const Inputs in = make_inputs(q, k, v, bias, extra_k, extra_v);
     const natten::Problem p = in.problem(par);
-    const natten::Plan plan = choose_plan(p, natten::Pass::forward, natten::DeviceKind::cpu, par.plan);
+    const natten::Plan plan = choose_plan(p, natten::Pass::forward, device.kind(), par.plan);
     Tensor out = empty(q, in.on_grid(par.rank(), {p.heads, p.head_dim_v}));
     Tensor lse = empty(q, in.on_grid(par.rank(), {p.heads}), lse_dtype(q));
     natten::ForwardArgs args;
     in.fill(args, par.rank());
     args.out = grid_view(out, par.rank());
     args.lse = grid_view(lse, par.rank());
-    const natten::Executor executor = torch_executor(p);
-    const Workspace workspace(workspace_bytes(p, natten::Pass::forward, plan, executor.num_threads));
+    const natten::Executor executor = device.is_cuda() ? device.stream_executor() : torch_executor(p);
+    const Workspace workspace(device, workspace_bytes(p, natten::Pass::forward, plan, executor.num_threads));
     forward(p, args, plan, executor, workspace.data());
     return {out, lse};
   });
@@ -141,14 +142,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_bwd(Tensor dout, O
   return with_prefixed_errors([&]() -> std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> {
     const Parameters par{window, stride, dilation, causal, scale, oversize, plan_text};
     const int64_t rank = par.rank();
+    const DeviceScope device(q);
     const Inputs in = make_inputs(q, k, v, bias, extra_k, extra_v);
     const natten::Problem p = in.problem(par);
-    const natten::Plan plan = choose_plan(p, natten::Pass::backward, natten::DeviceKind::cpu, par.plan);
+    const natten::Plan plan = choose_plan(p, natten::Pass::backward, device.kind(), par.plan);
     for (auto [name, t] : {std::pair{"out", &out}, {"dout", &dout}}) {
       in.check_alike(name, *t);
       check_shape(name, *t, in.on_grid(rank, {p.heads, p.head_dim_v}));
     }
     for (auto [name, t] : {std::pair{"lse", &lse}, {"dlse", dlse ? &*dlse : &lse}}) {
+      check_device(name, *t, q);
       if (t->scalar_type() != lse_dtype(q)) fail(std::string(name) + " must be float32, or float64 for float64 inputs");
       check_shape(name, *t, in.on_grid(rank, {p.heads}));
     }
@@ -162,8 +165,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_bwd(Tensor dout, O
     args.dq = grid_view(dq, rank), args.dk = grid_view(dk, rank), args.dv = grid_view(dv, rank);
     if (bias) args.dbias = bias_view(dbias, rank);
     if (extra_k) args.dextra_k = extra_view(dextra_k), args.dextra_v = extra_view(dextra_v);
-    const natten::Executor executor = torch_executor(p);
-    const Workspace workspace(workspace_bytes(p, natten::Pass::backward, plan, executor.num_threads));
+    const natten::Executor executor = device.is_cuda() ? device.stream_executor() : torch_executor(p);
+    const Workspace workspace(device, workspace_bytes(p, natten::Pass::backward, plan, executor.num_threads));
     backward(p, args, plan, executor, workspace.data());
     return {dq, dk, dv, dbias, dextra_k, dextra_v};
   });
@@ -210,6 +213,10 @@ NATTEN_LIBRARY(NATTEN_OP_NAMESPACE, m) {
   m.def("key_spans(SymInt extent, SymInt window, SymInt stride, SymInt dilation, bool causal) -> Tensor");
 }
 NATTEN_LIBRARY_IMPL(NATTEN_OP_NAMESPACE, CPU, m) {
+  m.impl("na_fwd", TORCH_BOX(&na_fwd));
+  m.impl("na_bwd", TORCH_BOX(&na_bwd));
+}
+NATTEN_LIBRARY_IMPL(NATTEN_OP_NAMESPACE, CUDA, m) {
   m.impl("na_fwd", TORCH_BOX(&na_fwd));
   m.impl("na_bwd", TORCH_BOX(&na_bwd));
 }

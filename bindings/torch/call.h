@@ -3,13 +3,13 @@
 #pragma once
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "device.h"
 #include "natten/attention.h"
 #include "natten/error.h"
 #include "torch_stable.h"
@@ -59,27 +59,6 @@ inline Tensor empty(const Tensor& like, const Ints& sizes, std::optional<ScalarT
   return torch::stable::new_empty(like, {sizes.data(), sizes.size()}, dtype);
 }
 
-// Copies by element, for the rare tensor whose last stride is not 1 (the gradient of a sum, a permuted head_dim).
-inline Tensor with_unit_last_stride(const Tensor& t) {
-  const int64_t rank = t.dim();
-  const auto strides = t.strides();
-  if (rank == 0 || strides[rank - 1] == 1 || t.size(rank - 1) <= 1) return t;
-  Ints sizes(rank), index(rank, 0);
-  int64_t count = 1;
-  for (int64_t d = 0; d < rank; ++d) count *= sizes[d] = t.size(d);
-  Tensor copy = empty(t, sizes);
-  const size_t bytes = size_of(dtype_of(t));
-  const char* from = static_cast<const char*>(t.data_ptr());
-  char* to = static_cast<char*>(copy.data_ptr());
-  for (int64_t i = 0; i < count; ++i, to += bytes) {
-    int64_t at = 0;
-    for (int64_t d = 0; d < rank; ++d) at += index[d] * strides[d];
-    std::memcpy(to, from + at * bytes, bytes);
-    for (int64_t d = rank - 1; d >= 0 && ++index[d] == sizes[d]; --d) index[d] = 0;
-  }
-  return copy;
-}
-
 inline int narrow(int64_t value, const char* name) {
   if (value < -(1 << 30) || value > (1 << 30))
     fail(std::string(name) + " " + std::to_string(value) + " is out of range");
@@ -120,9 +99,13 @@ struct Parameters {
   }
 };
 
-inline void check_alike(const char* name, const Tensor& t, const Tensor& q) {
-  // NOTE: the dispatcher does not compare devices: one CUDA tensor among CPU tensors reaches the CUDA kernel.
+// NOTE: the dispatcher does not compare devices: one CUDA tensor among CPU tensors reaches the CUDA kernel.
+inline void check_device(const char* name, const Tensor& t, const Tensor& q) {
   if (!(t.device() == q.device())) fail(std::string(name) + " is on another device than query: move it there");
+}
+
+inline void check_alike(const char* name, const Tensor& t, const Tensor& q) {
+  check_device(name, t, q);
   if (t.scalar_type() != q.scalar_type()) fail(std::string(name) + " has another dtype than query: cast it");
 }
 
@@ -170,8 +153,10 @@ inline natten::Executor torch_executor(const natten::Problem& p) {
 // Memory for one call. It stays with the calling thread, because fresh pages cost 5 % of a 56x56 forward.
 class Workspace {
  public:
-  explicit Workspace(size_t bytes) {
-    if (bytes > cache().bytes) {
+  Workspace(const DeviceScope& device, size_t bytes) {
+    if (device.is_cuda()) {
+      on_device_ = device.allocate(bytes);
+    } else if (bytes > cache().bytes) {
       cache().memory.reset(std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment));
       cache().bytes = cache().memory ? bytes : 0;
       if (!cache().memory)
@@ -182,7 +167,7 @@ class Workspace {
   ~Workspace() {
     if (cache().bytes > kKeep) cache() = {};
   }
-  void* data() const { return cache().memory.get(); }
+  void* data() const { return on_device_ ? on_device_->data_ptr() : cache().memory.get(); }
 
  private:
   static constexpr size_t kAlignment = 4096, kKeep = size_t{64} << 20;
@@ -197,6 +182,7 @@ class Workspace {
     static thread_local Cache cache;
     return cache;
   }
+  OptionalTensor on_device_;
 };
 
 template <class F>

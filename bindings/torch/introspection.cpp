@@ -3,6 +3,7 @@
 // problem has, how many pairs it counts. Answers are JSON; a string lives until the same thread asks again.
 #include <string>
 
+#include "core/backend.h"
 #include "cpu/isa.h"
 #include "natten/error.h"
 #include "natten/plan.h"
@@ -38,17 +39,34 @@ natten::DType dtype_named(std::string_view name) {
   return name == "bfloat16" ? natten::DType::bf16 : natten::DType::f16;
 }
 
+// Why an engine cannot run a small problem here; empty if it can.
+std::string reason_off(std::string_view engine) {
+  natten::Problem probe;
+  probe.dtype = natten::DType::bf16;
+  probe.head_dim = probe.head_dim_v = 32;
+  probe.axes[2] = {16, 3};
+  for (const natten::Backend* backend : natten::kBackends) {
+    if (backend->name != engine) continue;
+    natten::PlanList list;
+    backend->list_plans(probe, natten::Pass::forward, list);
+    return list.plans.empty() ? list.rejections.front().reason : "";
+  }
+  return "this build does not have it";
+}
+
 }  // namespace
 
 NATTEN_EXPORT const char* natten_info() {
   std::string text =
       R"({"version": ")" NATTEN_VERSION R"(", "isa": )" + quoted(natten::cpu::name(natten::cpu::isas().front()));
-  text += R"(, "backends": [)";
-  text += R"({"name": "sm90", "available": false, "reason": "this build has no CUDA engine"}, )";
-  text += R"({"name": "portable", "available": false, "reason": "this build has no CUDA engine"}, )";
-  text += R"({"name": "cpu", "available": true, "reason": ""}, )";
-  text += R"({"name": "reference", "available": true, "reason": ""}]})";
-  return keep(text);
+  std::string separator = R"(, "backends": [)";
+  for (const char* engine : {"sm90", "portable", "cuda-reference", "cpu", "reference"}) {
+    const std::string reason = reason_off(engine);
+    text += separator + R"({"name": )" + quoted(engine) + R"(, "available": )" + (reason.empty() ? "true" : "false") +
+            R"(, "reason": )" + quoted(reason) + "}";
+    separator = ", ";
+  }
+  return keep(text + "]}");
 }
 
 NATTEN_EXPORT int64_t natten_num_pairs(int rank, const int64_t* extent, const int64_t* window, const int64_t* stride,
@@ -66,7 +84,7 @@ NATTEN_EXPORT void natten_token_keys(int64_t extent, int64_t window, int64_t str
   first_and_count[0] = keys.first, first_and_count[1] = keys.count;
 }
 
-NATTEN_EXPORT const char* natten_list_plans(int pass, const char* dtype, int rank, const int64_t* extent,
+NATTEN_EXPORT const char* natten_list_plans(int pass, int on_cuda, const char* dtype, int rank, const int64_t* extent,
                                             const int64_t* window, const int64_t* stride, const int64_t* dilation,
                                             const int32_t* causal, int heads, int heads_kv, int head_dim,
                                             int head_dim_v, int extra_keys, int has_bias) {
@@ -81,7 +99,8 @@ NATTEN_EXPORT const char* natten_list_plans(int pass, const char* dtype, int ran
   } catch (const natten::Error& e) {
     return keep(R"({"error": )" + quoted(e.what()) + "}");
   }
-  const auto list = list_plans(p, pass == 0 ? natten::Pass::forward : natten::Pass::backward, natten::DeviceKind::cpu);
+  const auto list = list_plans(p, pass == 0 ? natten::Pass::forward : natten::Pass::backward,
+                               on_cuda != 0 ? natten::DeviceKind::cuda : natten::DeviceKind::cpu);
   std::string text = R"({"plans": [)", separator;
   for (const natten::Plan& plan : list.plans) text += separator + quoted(to_string(plan)), separator = ", ";
   text += R"(], "rejections": [)", separator = "";

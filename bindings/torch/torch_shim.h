@@ -8,6 +8,8 @@ extern "C" {
 using StableIValue = uint64_t;
 struct AtenTensorOpaque;
 using AtenTensorHandle = AtenTensorOpaque*;
+struct DeviceGuardOpaque;
+using DeviceGuardHandle = DeviceGuardOpaque*;
 struct TorchLibraryOpaque;
 using TorchLibraryHandle = TorchLibraryOpaque*;
 struct StableListOpaque;
@@ -34,12 +36,17 @@ int32_t aoti_torch_get_device_type(AtenTensorHandle, int32_t* ret);
 int32_t aoti_torch_get_device_index(AtenTensorHandle, int32_t* ret);
 int32_t aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                                  int32_t device_type, int32_t device_index, AtenTensorHandle* ret);
+int32_t aoti_torch_copy_(AtenTensorHandle to, AtenTensorHandle from, int32_t non_blocking);
+int32_t aoti_torch_create_device_guard(int32_t device_index, DeviceGuardHandle* ret);
+int32_t aoti_torch_delete_device_guard(DeviceGuardHandle);
 int32_t aoti_torch_device_type_cpu();
+int32_t aoti_torch_device_type_cuda();
 int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_float64();
 int32_t aoti_torch_dtype_bfloat16();
 int32_t aoti_torch_dtype_float16();
 int32_t aoti_torch_dtype_int64();
+int32_t aoti_torch_dtype_uint8();
 
 int32_t torch_list_size(StableListHandle, size_t* size);
 int32_t torch_list_get_item(StableListHandle, size_t index, StableIValue* item);

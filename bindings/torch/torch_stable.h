@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // What the binding uses of torch's stable ABI (torch >= 2.10), declared here, so that building needs no torch.
 // torch_shim.h has the C functions (they live in libtorch_cpu.so and are covered by torch's ABI promise); this file
-// wraps them in a subset of torch/csrc/stable under torch's own names. binding.cpp is the only file that includes it.
+// wraps them in a subset of torch/csrc/stable under torch's own names. Only binding.cpp and device.cpp include it.
 #pragma once
 #include <algorithm>
 #include <cstring>

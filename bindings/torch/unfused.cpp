@@ -26,6 +26,7 @@ TensorView heads_first_extra_view(const Tensor& t) {
 
 // One call: `query` has the queries' heads and grid (q, dout or attn), `key` holds rows of keys (k or v).
 struct Call {
+  DeviceScope device;
   Parameters par;
   natten::Problem p;
   int64_t rank;
@@ -47,16 +48,16 @@ struct Call {
   template <class Args>
   void run(void (*pass)(const natten::Problem&, const Args&, const natten::Plan&, const natten::Executor&, void*),
            const Args& args) const {
-    const natten::Plan plan = choose_unfused_plan(p, natten::DeviceKind::cpu, par.plan);
-    const natten::Executor executor = torch_executor(p);
-    const Workspace workspace(unfused_workspace_bytes(p, plan, executor.num_threads));
+    const natten::Plan plan = choose_unfused_plan(p, device.kind(), par.plan);
+    const natten::Executor executor = device.is_cuda() ? device.stream_executor() : torch_executor(p);
+    const Workspace workspace(device, unfused_workspace_bytes(p, plan, executor.num_threads));
     pass(p, args, plan, executor, workspace.data());
   }
 };
 
 Call::Call(const Parameters& parameters, const char* query_name, const Tensor& query, const char* key_name,
            const Tensor& key, const OptionalTensor& extra, const OptionalTensor& bias)
-    : par(parameters), rank(parameters.rank()) {
+    : device(query), par(parameters), rank(parameters.rank()) {
   par.check_ranks();
   for (auto [name, t] : {std::pair{query_name, &query}, {key_name, &key}})
     if (t->dim() != rank + 3)

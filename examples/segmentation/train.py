@@ -66,8 +66,9 @@ def tensors(batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
 
 
-def train(model: nn.Module, scenes: Mosaics, args: argparse.Namespace, device: torch.device) -> float:
-    """Trains the model in place and returns the seconds it took, the making of the scenes included."""
+def train(model: nn.Module, scenes: Mosaics, args: argparse.Namespace, device: torch.device) -> tuple[float, float]:
+    """Trains the model in place; returns the seconds it took, the making of the scenes included, and its last loss, a
+    running mean."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=WARMUP)
     model.train()
@@ -87,7 +88,7 @@ def train(model: nn.Module, scenes: Mosaics, args: argparse.Namespace, device: t
             mean_loss = loss.item() if mean_loss is None else 0.95 * mean_loss + 0.05 * loss.item()
             progress.set_postfix(loss=f"{mean_loss:.3f}", refresh=False)
             progress.update(args.batch)
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, mean_loss
 
 
 @torch.no_grad()
@@ -140,12 +141,13 @@ def main(argv: list[str] | None = None) -> dict:
         f"natten {natten.__version__}, torch {torch.__version__}, {where}: window {kernel_size}, dilations {dilations}"
     )
 
-    seconds = train(model, Mosaics("left", args.seed, args.size, varied=True), args, device)
+    seconds, loss = train(model, Mosaics("left", args.seed, args.size, varied=True), args, device)
     test_scenes = Mosaics("right", TEST_SEED, args.size)
     accuracy, iou = scores(confusion(model, test_scenes, args, device))
     report(accuracy, iou, seconds, args, model)
 
     figures = {
+        "loss": loss,
         "accuracy": accuracy,
         "miou": iou.mean().item(),
         "iou": dict(zip(CLASSES, iou.tolist(), strict=True)),

@@ -41,6 +41,7 @@ struct Executor {
   /// Calls task(0) .. task(count - 1), in any order, at the same time or not; returns when all are done. Tasks never
   /// throw.
   std::function<void(int64_t count, const std::function<void(int64_t)>& task)> run;
+  void* stream = nullptr;  ///< CUDA stream; CUDA engines only
 };
 
 /// Runs everything on the calling thread.

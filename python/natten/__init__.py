@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Neighborhood attention for torch, on the CPU: every query attends to the keys nearest to it.
+"""Neighborhood attention for torch, on CPU and GPU: every query attends to the keys nearest to it.
 
 Start with `na1d`, `na2d`, `na3d` (tensors, heads last) or `NeighborhoodAttention1D`, `...2D`, `...3D` (layers).
 """

@@ -51,7 +51,7 @@ def _text(report: dict) -> str:
     gpus = [f"{g['name']}, compute capability {g['compute_capability']}, {g['memory_gib']} GiB" for g in report["gpus"]]
     lines += [f"GPU       {gpu}" for gpu in gpus] or ["GPU       none that torch can use"]
     for backend in report["backends"]:
-        lines.append(f"backend   {backend['name']:<10}{'on' if backend['available'] else 'off: ' + backend['reason']}")
+        lines.append(f"backend   {backend['name']:<16}{'on' if backend['available'] else 'off: ' + backend['reason']}")
     return "\n".join(lines)
 
 

@@ -12,40 +12,26 @@ from . import _arguments as args
 
 
 class Geometry(NamedTuple):
-    """Entries per axis stand in the order of the grid, slowest first."""
-
-    window: tuple
-    stride: tuple
-    dilation: tuple
-    causal: tuple
+    axes: tuple  # window, stride, dilation, causal: each with an entry per axis, or short, see `_shortened`
     scale: float
     may_be_oversize: bool  # whether the core cuts a window that does not fit, or refuses it
     padding: tuple  # amounts for torch.nn.functional.pad of [batch, *grid, heads, head_dim]; () for none
     looks_heads_first: bool  # see `_looks_heads_first`; always False under torch.compile, which cannot look
 
-    @property
-    def axes(self) -> tuple:
-        """Window, stride, dilation, causal."""
-        return self[:4]
 
-    @property
-    def options(self) -> tuple:
-        """What the ops are given before the plan."""
-        return self[:6]
-
-    def shortened(self) -> "Geometry":
-        """With () for a stride, dilation or causal flag that is the default on every axis, as the ops allow."""
-        rank = len(self.window)
-        ones, nowhere = (1,) * rank, (False,) * rank
-        return self._replace(
-            stride=() if self.stride == ones else self.stride,
-            dilation=() if self.dilation == ones else self.dilation,
-            causal=() if self.causal == nowhere else self.causal,
-        )
+def _shortened(window, stride, dilation, causal) -> tuple:
+    """With () for a stride, dilation or causal flag that is the default on every axis, as the ops allow."""
+    rank = len(window)
+    return (
+        window,
+        () if stride == (1,) * rank else stride,
+        () if dilation == (1,) * rank else dilation,
+        () if causal == (False,) * rank else causal,
+    )
 
 
 def in_full(window, stride, dilation, causal) -> tuple:
-    """Undoes `Geometry.shortened`: one entry per axis in all of the axes that the ops were given."""
+    """Undoes `_shortened`: an entry per axis in all of what the ops were given."""
     rank = len(window)
     return window, stride or (1,) * rank, dilation or (1,) * rank, causal or (False,) * rank
 
@@ -67,7 +53,8 @@ def geometry_of(shape, kernel_size, stride=1, dilation=1, is_causal=False, scale
 
 def _eager(shape, *arguments) -> Geometry:
     geometry = _geometry_of(shape, *arguments)
-    return geometry.shortened()._replace(looks_heads_first=_looks_heads_first(shape, geometry.window))
+    looks_heads_first = _looks_heads_first(shape, geometry.axes[0])
+    return geometry._replace(axes=_shortened(*geometry.axes), looks_heads_first=looks_heads_first)
 
 
 # NOTE: typed, so that True is not taken for a kept 1. Inside of a tuple it is, where it means the same.
@@ -89,7 +76,8 @@ def _geometry_of(shape, kernel_size, stride, dilation, is_causal, scale, oversiz
     if oversize == "pad":
         padding = _padding(extents, window, dilation, whole)
     scale = args.scale_or_default(scale, shape[-1])
-    return Geometry(tuple(window), tuple(stride), tuple(dilation), tuple(causal), scale, not strict, padding, False)
+    axes = tuple(window), tuple(stride), tuple(dilation), tuple(causal)
+    return Geometry(axes, scale, not strict, padding, looks_heads_first=False)
 
 
 def _window(axis: str, size, extent, dilation, oversize: str):

@@ -5,6 +5,7 @@ Nothing here raises at import time: without the library `HAS_LIBNATTEN` is False
 in for every op. The C functions are reached by ctypes, only when somebody asks (info, plans, pair counts).
 """
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -74,7 +75,9 @@ def _c_functions() -> ctypes.CDLL:
     library.natten_token_keys.argtypes = [*[ctypes.c_int64] * 4, ctypes.c_int, ctypes.c_int64, sizes]
     library.natten_token_keys.restype = None
     numbers = [ctypes.c_int] * 6
-    library.natten_list_plans.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, *[sizes] * 4, flags, *numbers]
+    library.natten_list_plans.argtypes = [
+        ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int, *[sizes] * 4, flags, *numbers
+    ]  # fmt: skip
     library.natten_list_plans.restype = ctypes.c_char_p
     return library
 
@@ -110,13 +113,16 @@ def key_spans(extent: int, window: int, stride: int, dilation: int, causal: bool
     return rows
 
 
-def plans(backward: bool, dtype: torch.dtype, geometry: tuple, numbers: tuple) -> dict:
-    """{"plans": [...], "rejections": [{"name", "reason"}, ...]} of a problem on the CPU, best plan first, or {"error"}.
+def plans(backward: bool, device: torch.device, dtype: torch.dtype, geometry: tuple, numbers: tuple) -> dict:
+    """{"plans": [...], "rejections": [{"name", "reason"}, ...]} of a problem, best plan first, or {"error"}. Any device
+    but CUDA stands for the CPU.
 
     geometry: (extent, window, stride, dilation, causal). numbers: (heads, heads_kv, head_dim, head_dim_v, additional
     keys, whether there is a bias).
     """
     if dtype not in _DTYPES:
         raise NotImplementedError(f"natten has no engine for {dtype}: use one of {', '.join(_DTYPES.values())}")
-    arguments = int(backward), _DTYPES[dtype].encode(), *_axes(*geometry), *(_cut(x) for x in numbers)
-    return json.loads(_c_functions().natten_list_plans(*arguments))
+    on_cuda = device.type == "cuda"
+    arguments = int(backward), on_cuda, _DTYPES[dtype].encode(), *_axes(*geometry), *(_cut(x) for x in numbers)
+    with torch.cuda.device(device) if on_cuda else contextlib.nullcontext():
+        return json.loads(_c_functions().natten_list_plans(*arguments))

@@ -102,7 +102,7 @@ def _fake_bwd(dout, dlse, q, k, v, bias, extra_k, extra_v, out, lse, *options):
 
 
 def _fake_key_spans(extent, window, stride, dilation, causal):
-    return torch.empty(extent, 2, dtype=torch.int64)
+    return torch.empty(extent, 2, dtype=torch.int64, device="cpu")  # whatever the default device is
 
 
 def _traced_fwd(*args):

@@ -16,7 +16,7 @@ _SCHEDULES = ("non", "coop", "pp")
 _ORIGINAL = tuple(
     f"{engine}-{kind}" for engine in ("cutlass", "hopper", "blackwell", "flex") for kind in ("fna", "fmha")
 )
-_OWN = ("cpu", "portable", "sm90", "reference")
+_OWN = ("cpu", "portable", "sm90", "reference", "cuda-reference")
 _CAPABILITY = {"hopper": 9, "blackwell": 10, "sm90": 9}  # the major compute capability that an engine needs
 
 
@@ -119,6 +119,8 @@ def plan_of(backend, plan, device: torch.device) -> str:
     if backend is None:
         return plan or ""
     check_backend_name(backend)
+    if backend == "reference" and device.type == "cuda":
+        backend = "cuda-reference"
     engine = backend.split("-")[0]
     needed = "cpu" if engine == "cpu" else None if engine in ("flex", "reference") else "cuda"
     if needed is not None and device.type != needed:

@@ -81,7 +81,7 @@ def _neighborhood(
     if geometry.looks_heads_first and name in _LAYOUT_CHECKED:
         _tell_of_layout(name, query)
     plan = "" if backend is None and plan is None else _tuning.plan_of(backend, plan, query.device)
-    tensors, options = (query, *others), (*geometry.options, plan)
+    tensors, options = (query, *others), (*geometry.axes, geometry.scale, geometry.may_be_oversize, plan)
     if geometry.padding:
         tensors = *(zero_pad(x, geometry.padding) for x in tensors[:3]), *tensors[3:]
     if return_weights or attn_drop:

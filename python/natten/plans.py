@@ -19,8 +19,9 @@ def list_plans(
     rpb=None,
     backward=False,
 ) -> list[str]:
-    """The plans of a call on the CPU, best first. Arguments are those of na1d, na2d and na3d; only the sizes and the
-    dtype of tensors matter, so meta tensors will do. With `backward`, the plans of the backward pass.
+    """The plans of a call, best first, on the device of `query`. Arguments are those of na1d, na2d and na3d; only the
+    sizes and the dtype of tensors matter, so meta tensors will do and stand for the CPU. With `backward`, the plans of
+    the backward pass.
 
     Raises ValueError for what is no problem at all, NotImplementedError for a dtype without an engine.
     """
@@ -53,7 +54,7 @@ def _answer(query, key, value, kernel_size, stride, dilation, is_causal, additio
     axes = geometry_of(query.shape, kernel_size, stride, dilation, is_causal).axes
     num_extra = 0 if additional_keys is None else additional_keys.shape[1]
     numbers = query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1], num_extra, rpb is not None
-    answer = _library.plans(backward, query.dtype, (query.shape[1:-2], *axes), numbers)
+    answer = _library.plans(backward, query.device, query.dtype, (query.shape[1:-2], *axes), numbers)
     if "error" in answer:
         raise ValueError(answer["error"])
     return answer

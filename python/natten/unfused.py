@@ -61,10 +61,10 @@ def _av(name, rank, attn, value, kernel_size, dilation=1, additional_values=None
     args.tensors_agree(name, ("value", value), ("attn", attn), ("additional_values", extra))
     geometry = _geometry(value.shape[2:-1], kernel_size, dilation, is_causal, oversize)
     num_extra = 0 if extra is None else extra.shape[2]
-    slots = math.prod(geometry.window) + num_extra
+    slots = math.prod(geometry.axes[0]) + num_extra
     if attn.shape[-1] != slots:
         raise ValueError(
-            f"{name} expects attn with {slots} slots, for kernel_size {geometry.window} and {num_extra} additional "
+            f"{name} expects attn with {slots} slots, for kernel_size {geometry.axes[0]} and {num_extra} additional "
             f"values, got {attn.shape[-1]}"
         )
     tensors = _dense(attn), _dense(value), _dense(extra)

@@ -46,8 +46,21 @@ extern const Backend kBackend;
 namespace cpu {
 extern const Backend kBackend;
 }
+namespace cuda_portable {
+extern const Backend kBackend;
+}
+namespace cuda_reference {
+extern const Backend kBackend;
+}
 
 /// All backends of this build, best first.
-inline constexpr const Backend* kBackends[] = {&cpu::kBackend, &reference::kBackend};
+inline constexpr const Backend* kBackends[] = {
+    &cpu::kBackend,
+    &reference::kBackend,
+#ifdef NATTEN_CUDA
+    &cuda_portable::kBackend,
+    &cuda_reference::kBackend,
+#endif
+};
 
 }  // namespace natten

@@ -76,9 +76,9 @@ NATTEN_HD T* pointer(const TensorView& t) {
   return static_cast<T*>(t.ptr);
 }
 
-/// Calls `f` with a value of the C++ type that a DType names.
+/// Calls `f`, a host function, with a value of the C++ type that a DType names.
 template <class F>
-NATTEN_HD auto dispatch(DType dtype, F&& f) {
+__attribute__((always_inline)) inline auto dispatch(DType dtype, F&& f) {
   switch (dtype) {
     case DType::f32:
       return f(float{});

@@ -28,6 +28,12 @@ bool is_known(std::string_view wanted, const PlanList& list) {
   return false;
 }
 
+bool serves(DeviceKind device) {
+  for (const Backend* backend : kBackends)
+    if (backend->device == device) return true;
+  return false;
+}
+
 std::string known_names() {
   std::string names;
   for (const Backend* backend : kBackends) names += (names.empty() ? "" : ", ") + std::string(backend->name);
@@ -73,6 +79,7 @@ PlanList list_plans(const Problem& problem, Pass pass, DeviceKind device) {
     else
       list.rejections.push_back({backend->name, other_device(device)});
   }
+  if (!serves(device)) list.rejections.push_back({"cuda", "it is not in this build, see `python -m natten info`"});
   return list;
 }
 

@@ -6,16 +6,13 @@
 #include <cmath>
 
 #include "core/backend.h"
-#include "core/element.h"
+#include "core/pairs.h"
 #include "reference/windows.h"
 
 namespace natten::reference {
 namespace {
 
 constexpr double kInfinity = HUGE_VAL;
-
-// An lse that was rounded to float can be below a logit; no probability exceeds 1. NaN stays.
-double at_most_zero(double x) { return x > 0 ? 0 : x; }
 
 // One query of one head, and everything it attends to.
 template <class T>
@@ -69,11 +66,6 @@ void forward_query(const Query<T>& query, double* sum_pv) {
     pointer<float>(query.args.lse)[lse_offset] = float(lse);
 }
 
-double load_sum(const Problem& p, const TensorView& t, int64_t batch, Int3 token, int head) {
-  const int64_t at = offset(t, batch, token, head);
-  return p.dtype == DType::f64 ? pointer<double>(t)[at] : double(pointer<float>(t)[at]);
-}
-
 // Gradients of one key/value head of one sample, summed in double.
 struct Sums {
   double *dk, *dv;              // [tokens][head_dim or head_dim_v]
@@ -81,11 +73,7 @@ struct Sums {
   double* dbias;                // [heads_per_kv][bias entries]
   double* dq;                   // [head_dim], of one query at a time
 
-  static int64_t bias_entries(const Problem& p) {
-    int64_t entries = p.has_bias ? 1 : 0;
-    for (const Axis& a : p.axes) entries *= 2 * int64_t{a.window} - 1;
-    return entries;
-  }
+  static int64_t bias_entries(const Problem& p) { return p.has_bias ? bias_table(p).volume() : 0; }
   static int64_t size(const Problem& p) {
     return (p.tokens() + p.extra_keys) * (p.head_dim + p.head_dim_v) + p.heads_per_kv() * bias_entries(p) + p.head_dim;
   }
@@ -110,8 +98,8 @@ void backward_query(const Query<T>& query, const BackwardArgs& args, const Sums&
   const int64_t bias_base = (query.head % p.heads_per_kv()) * Sums::bias_entries(p);
   std::fill_n(sums.dq, p.head_dim, 0.0);
   query.for_each([&](double logit, const T* k, const T* v, const Int3* key, Int3 rel, int extra) {
-    const double probability = lse == -kInfinity ? 0 : std::exp(at_most_zero(logit - lse));
-    const double ds = probability * (dot(dout, v, p.head_dim_v) - delta);
+    const double weight = probability(logit, lse);
+    const double ds = weight * (dot(dout, v, p.head_dim_v) - delta);
     const int64_t row = key ? token_index(p.grid(), *key) : extra;
     double* dk = (key ? sums.dk : sums.dextra_k) + row * p.head_dim;
     double* dv = (key ? sums.dv : sums.dextra_v) + row * p.head_dim_v;
@@ -119,9 +107,8 @@ void backward_query(const Query<T>& query, const BackwardArgs& args, const Sums&
       sums.dq[d] += p.scale * ds * double(to_real(k[d]));
       dk[d] += p.scale * ds * double(to_real(query.q()[d]));
     }
-    for (int d = 0; d < p.head_dim_v; ++d) dv[d] += probability * double(to_real(dout[d]));
-    const Int3 table{2 * p.axes[0].window - 1, 2 * p.axes[1].window - 1, 2 * p.axes[2].window - 1};
-    if (key && p.has_bias) sums.dbias[bias_base + token_index(table, rel)] += ds;
+    for (int d = 0; d < p.head_dim_v; ++d) dv[d] += weight * double(to_real(dout[d]));
+    if (key && p.has_bias) sums.dbias[bias_base + token_index(bias_table(p), rel)] += ds;
   });
   if (!args.dq) return;
   T* dq = pointer<T>(args.dq) + offset(args.dq, query.batch, query.token, query.head);
@@ -141,7 +128,7 @@ void store(const TensorView& to, int64_t batch, int head, Int3 grid, const doubl
 template <class T>
 void store_bias(const Problem& p, const TensorView& to, const double* workspace) {
   if (!to || !p.has_bias) return;
-  const Int3 table{2 * p.axes[0].window - 1, 2 * p.axes[1].window - 1, 2 * p.axes[2].window - 1};
+  const Int3 table = bias_table(p);
   for (int head = 0; head < p.heads; ++head)
     for_each_token(table, [&](Int3 rel) {
       const int64_t at = (head % p.heads_per_kv()) * Sums::bias_entries(p) + token_index(table, rel);

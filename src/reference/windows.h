@@ -2,25 +2,11 @@
 // Windows one key at a time, as the plain loops of the oracle walk them.
 #pragma once
 #include "core/backend.h"
-#include "core/element.h"
+#include "core/pairs.h"
 
 namespace natten::reference {
 
 extern const UnfusedKernels kUnfused;
-
-// Position of a token in its dilation group, and the keys it sees there.
-struct AxisKeys {
-  Axis group;
-  int residue, position;
-  Span keys;
-};
-
-inline AxisKeys axis_keys(const Axis& a, int token) {
-  const int residue = token % a.dilation;
-  const Axis group = group_axis(a, residue);
-  const int position = token / a.dilation;
-  return {group, residue, position, key_span(group, position)};
-}
 
 // Calls visit(key token, bias index, slot), the latter two per axis, for each key of the grid that `query` sees.
 template <class Visit>
@@ -41,15 +27,6 @@ void for_each_token(Int3 grid, Visit visit) {
   for (int z = 0; z < grid.z; ++z)
     for (int y = 0; y < grid.y; ++y)
       for (int x = 0; x < grid.x; ++x) visit(Int3{z, y, x});
-}
-
-inline int64_t token_index(Int3 grid, Int3 t) { return (int64_t{t.z} * grid.y + t.y) * grid.x + t.x; }
-
-template <class T>
-double dot(const T* a, const T* b, int n) {
-  double sum = 0;
-  for (int i = 0; i < n; ++i) sum += double(to_real(a[i])) * double(to_real(b[i]));
-  return sum;
 }
 
 }  // namespace natten::reference

@@ -17,7 +17,6 @@
 
 namespace {
 
-using natten::DeviceKind;
 using natten::DType;
 using natten::Pass;
 using natten::Plan;
@@ -29,12 +28,12 @@ constexpr uint32_t kSeed = 7;
 
 std::vector<Plan> plans(const natten::Problem& problem, Pass pass) {
   natten::validate(problem);
-  return natten::list_plans(problem, pass, DeviceKind::cpu).plans;
+  return natten::list_plans(problem, pass, test::kDevice).plans;
 }
 
 /// The backward pass needs out and lse: those of the best forward plan, which is what a user gets.
 void run_best_forward(Operands& operands) {
-  run(operands, Pass::forward, natten::choose_plan(operands.problem, Pass::forward, DeviceKind::cpu));
+  run(operands, Pass::forward, natten::choose_plan(operands.problem, Pass::forward, test::kDevice));
 }
 
 void check_forward(const Case& c, DType dtype) {

@@ -16,7 +16,6 @@
 
 namespace {
 
-using natten::DeviceKind;
 using natten::DType;
 using natten::Pass;
 using natten::Plan;
@@ -74,7 +73,7 @@ std::vector<Shape> sample_keys(const natten::Problem& p) {
 /// Runs both passes with one plan; backward only if `plan` can run it.
 std::vector<std::vector<double>> results(Operands& operands, Pass pass, const Plan& plan) {
   if (pass == Pass::backward)
-    run(operands, Pass::forward, natten::choose_plan(operands.problem, Pass::forward, DeviceKind::cpu));
+    run(operands, Pass::forward, natten::choose_plan(operands.problem, Pass::forward, test::kDevice));
   run(operands, pass, plan);
   std::vector<std::vector<double>> values;
   for (const auto& [name, tensor] : operands.outputs(pass)) values.push_back(tensor->values());
@@ -153,7 +152,7 @@ TEST_P(Containment, ForwardReachesExactlyTheQueriesThatSeeIt) {
   for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16}) {
     SCOPED_TRACE(test::to_string(dtype));
     Operands operands(GetParam(), dtype, kSeed);
-    for (const Plan& plan : natten::list_plans(operands.problem, Pass::forward, DeviceKind::cpu).plans)
+    for (const Plan& plan : natten::list_plans(operands.problem, Pass::forward, test::kDevice).plans)
       for (const Shape& key : sample_keys(operands.problem))
         for (const double bad : {kNaN, kInfinity, -kInfinity})
           for (const bool values : {false, true}) check_forward(operands, plan, key, bad, values);
@@ -164,7 +163,7 @@ TEST_P(Containment, BackwardReachesExactlyTheQueriesThatSeeIt) {
   for (const DType dtype : {DType::f32, DType::f64, DType::bf16}) {
     SCOPED_TRACE(test::to_string(dtype));
     Operands operands(GetParam(), dtype, kSeed);
-    for (const Plan& plan : natten::list_plans(operands.problem, Pass::backward, DeviceKind::cpu).plans)
+    for (const Plan& plan : natten::list_plans(operands.problem, Pass::backward, test::kDevice).plans)
       for (const Shape& key : sample_keys(operands.problem))
         for (const double bad : {kNaN, kInfinity})
           for (const bool values : {false, true}) check_backward(operands, plan, key, bad, values);
@@ -196,8 +195,8 @@ void check_bias(Change change) {
       // Rows without keys have lse -infinity; a gradient for it means nothing and must not leave NaN behind.
       const test::Reference reference(operands);
       for (const Pass pass : {Pass::forward, Pass::backward}) {
-        run(operands, Pass::forward, natten::choose_plan(operands.problem, Pass::forward, DeviceKind::cpu));
-        for (const Plan& plan : natten::list_plans(operands.problem, pass, DeviceKind::cpu).plans) {
+        run(operands, Pass::forward, natten::choose_plan(operands.problem, Pass::forward, test::kDevice));
+        for (const Plan& plan : natten::list_plans(operands.problem, pass, test::kDevice).plans) {
           SCOPED_TRACE(natten::to_string(plan) + (pass == Pass::forward ? " forward" : " backward"));
           run(operands, pass, plan);
           reference.check(operands, pass);

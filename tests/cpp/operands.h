@@ -14,6 +14,13 @@
 
 namespace test {
 
+/// Whose plans the tests run: the CPU's or, on the emulated GPU (cuda/emulation), those of the CUDA engines.
+#ifdef NATTEN_CUDA_EMULATION
+inline constexpr natten::DeviceKind kDevice = natten::DeviceKind::cuda;
+#else
+inline constexpr natten::DeviceKind kDevice = natten::DeviceKind::cpu;
+#endif
+
 struct Operands {
   /// Random inputs of unit variance, q and k of the case's amplitude.
   Operands(const Case& c, natten::DType dtype, uint32_t seed, int64_t guard = Tensor::kGuard);

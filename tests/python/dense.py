@@ -11,32 +11,44 @@ from functools import lru_cache
 import torch
 
 
-@lru_cache(maxsize=4096)
+def axis_keys(query: int, extent: int, window: int, stride: int, dilation: int, causal: bool):
+    """The keys that a query sees along one axis, as tokens.
+
+    A window larger than its dilation group is cut to it, and the stride to the window.
+    """
+    residue, p = query % dilation, query // dilation
+    length = math.ceil((extent - residue) / dilation)
+    k = min(window, length)
+    s = max(min(stride, k), 1)
+    if causal:
+        leader = min(p // s * s + s - 1, length - 1)
+        first, last = max(leader - k + 1, 0), p
+    else:
+        left, right = k // 2, k // 2 + k % 2 - 1
+        leader = min(p // s * s + s // 2, length - 1)
+        centre = min(max(leader, left), length - 1 - right)
+        first, last = centre - left, centre + right
+    return [residue + dilation * position for position in range(first, last + 1)] if window > 0 else []
+
+
 def axis_table(extent: int, window: int, stride: int, dilation: int, causal: bool):
     """One axis: which keys a query sees, bool [extent, extent], and p_key - p_query + window - 1, int64, alike.
 
-    A window larger than its dilation group is cut to it, and the stride to the window. The offset counts positions in
-    the group and keeps the window as given, so a bias table does not change its meaning when a window is cut.
+    The offset counts positions in the group and keeps the window as given, so a bias table does not change its meaning
+    when a window is cut.
     """
-    sees = torch.zeros(extent, extent, dtype=torch.bool)
-    offset = torch.zeros(extent, extent, dtype=torch.int64)
+    return _axis_table(extent, window, stride, dilation, causal, torch.get_default_device())
+
+
+@lru_cache(maxsize=4096)
+def _axis_table(extent, window, stride, dilation, causal, device):
+    sees = torch.zeros(extent, extent, dtype=torch.bool, device="cpu")
+    offset = torch.zeros(extent, extent, dtype=torch.int64, device="cpu")
     for query in range(extent):
-        residue, p = query % dilation, query // dilation
-        length = math.ceil((extent - residue) / dilation)
-        k = min(window, length)
-        s = max(min(stride, k), 1)
-        if causal:
-            leader = min(p // s * s + s - 1, length - 1)
-            first, last = max(leader - k + 1, 0), p
-        else:
-            left, right = k // 2, k // 2 + k % 2 - 1
-            leader = min(p // s * s + s // 2, length - 1)
-            centre = min(max(leader, left), length - 1 - right)
-            first, last = centre - left, centre + right
-        for position in range(first, last + 1):
-            sees[query, residue + dilation * position] = window > 0
-            offset[query, residue + dilation * position] = position - p + window - 1
-    return sees, offset
+        for key in axis_keys(query, extent, window, stride, dilation, causal):
+            sees[query, key] = True
+            offset[query, key] = (key - query) // dilation + window - 1
+    return sees.to(device), offset.to(device)
 
 
 def window_mask(grid, window, stride, dilation, causal):

@@ -4,6 +4,7 @@ width, T-40 the gradient of lse, T-10 as far as queries without keys can occur h
 
 import math
 
+import cases
 import dense
 import pytest
 import torch
@@ -38,7 +39,7 @@ def check(inputs, causal=False, scale=None):
 
     exact = results(exactly, inputs, torch.float64)
     same = results(exactly, inputs) if dtype in HALVES else None
-    for plan in (None, "reference", "cpu"):
+    for plan in map(cases.engine, (None, "reference", "cpu")):
         got = results(lambda q, k, v, p=plan: natten.attention(q, k, v, causal, scale, plan=p, return_lse=True), inputs)
         compare(got, exact, same, dtype, f"plan={plan}")
 

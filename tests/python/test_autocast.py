@@ -10,6 +10,10 @@ HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=st
 MODULES = {1: natten.NeighborhoodAttention1D, 2: natten.NeighborhoodAttention2D, 3: natten.NeighborhoodAttention3D}
 
 
+def device_type():
+    return torch.get_default_device().type
+
+
 def leaves(*dtypes, shape=(2, 5, 6, 2, 8)):
     return [torch.randn(shape).to(dtype).requires_grad_() for dtype in dtypes]
 
@@ -19,7 +23,7 @@ def leaves(*dtypes, shape=(2, 5, 6, 2, 8)):
 def test_mixed_types(half, mixed):
     dtypes = [half if mixed == "all" or name == mixed else torch.float32 for name in "qkv"]
     q, k, v = leaves(*dtypes)
-    with torch.autocast("cpu", dtype=half):
+    with torch.autocast(device_type(), dtype=half):
         out, lse = natten.na2d(q, k, v, 3, return_lse=True)
         assert out.dtype == half and lse.dtype == torch.float32
     (out.float().sum() + lse.sum()).backward()
@@ -33,7 +37,7 @@ def test_optional_tensors_are_cast_too(half):
     q, k, v = leaves(torch.float32, torch.float32, half)
     bias = torch.randn(2, 5, 5, requires_grad=True)
     extra_k, extra_v = torch.randn(2, 2, 3, 2, 8, requires_grad=True)
-    with torch.autocast("cpu", dtype=half):
+    with torch.autocast(device_type(), dtype=half):
         out = natten.na2d(q, k, v, 3, rpb=bias, additional_keys=extra_k, additional_values=extra_v)
     assert out.dtype == half
     out.float().square().sum().backward()
@@ -43,7 +47,7 @@ def test_optional_tensors_are_cast_too(half):
 @HALVES
 def test_attention_and_generic(half):
     q, k, v = leaves(torch.float32, torch.float32, half, shape=(2, 7, 2, 8))
-    with torch.autocast("cpu", dtype=half):
+    with torch.autocast(device_type(), dtype=half):
         assert natten.attention(q, k, v).dtype == half
         assert natten.functional.neighborhood_attention_generic(q, k, v, (3,)).dtype == half
 
@@ -51,7 +55,7 @@ def test_attention_and_generic(half):
 @HALVES
 def test_float64_is_left_alone(half):
     q, k, v = leaves(*[torch.float64] * 3)
-    with torch.autocast("cpu", dtype=half):
+    with torch.autocast(device_type(), dtype=half):
         out, lse = natten.na2d(q, k, v, 3, return_lse=True)
     assert out.dtype == lse.dtype == torch.float64
     assert torch.equal(out, natten.na2d(q, k, v, 3))
@@ -60,7 +64,7 @@ def test_float64_is_left_alone(half):
 @HALVES
 def test_disabled_inside(half):
     q, k, v = leaves(*[torch.float32] * 3)
-    with torch.autocast("cpu", dtype=half), torch.autocast("cpu", enabled=False):
+    with torch.autocast(device_type(), dtype=half), torch.autocast(device_type(), enabled=False):
         assert natten.na2d(q, k, v, 3).dtype == torch.float32
 
 
@@ -77,13 +81,13 @@ def test_mixed_types_without_autocast(odd):
 def test_modules(rank, half):
     module = MODULES[rank](16, 2, 3, rel_pos_bias=True)
     x = torch.randn(2, *(4,) * rank, 16, requires_grad=True)
-    with torch.autocast("cpu", dtype=half):
+    with torch.autocast(device_type(), dtype=half):
         out = module(x)
     assert out.dtype == half
     out.float().square().mean().backward()
     assert x.grad.dtype == torch.float32
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in module.parameters())
-    with torch.autocast("cpu", dtype=half, enabled=False):
+    with torch.autocast(device_type(), dtype=half, enabled=False):
         exact = module(x)
     assert (out.float() - exact).abs().max() < 0.05 * exact.abs().max()
 
@@ -91,10 +95,10 @@ def test_modules(rank, half):
 def test_modules_with_a_gradient_scaler():
     module = natten.NeighborhoodAttention2D(16, 2, 3, rel_pos_bias=True)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(device_type(), init_scale=1024.0)
     before = [p.detach().clone() for p in module.parameters()]
     x = torch.randn(2, 5, 5, 16)
-    with torch.autocast("cpu", dtype=torch.float16):
+    with torch.autocast(device_type(), dtype=torch.float16):
         loss = module(x).float().square().mean()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -106,9 +110,10 @@ def test_modules_with_a_gradient_scaler():
 @HALVES
 def test_under_compile(half):
     torch.compiler.reset()
+    kind = device_type()
 
     def function(q, k, v):
-        with torch.autocast("cpu", dtype=half):
+        with torch.autocast(kind, dtype=half):
             return natten.na2d(q, k, v, 3)
 
     q, k, v = leaves(torch.float32, torch.float32, half)

@@ -40,7 +40,7 @@ def joint(q, *pairs):
 def gradients(function, tensors, dtype=None, lse_gradient=True):
     leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors]
     out, lse = function(*leaves)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     loss = (out * torch.randn(out.shape, dtype=torch.float64, generator=generator)).sum()
     if lse_gradient:
         loss = loss + (lse * torch.randn(lse.shape, dtype=torch.float64, generator=generator)).sum()

@@ -5,6 +5,7 @@ attention of its own. T-10: samples without queries, without keys, and tokens be
 import itertools
 import math
 
+import cases
 import dense
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_every_sample_is_attention_of_its_own(pack, style, tensors):
 @pytest.mark.parametrize("style", ["lengths", "cumulative"])
 @pytest.mark.parametrize("plan", ["reference", "cpu"])
 def test_causal_grouped_heads_and_widths(plan, style):
-    pack = (5, 5), (0, 0), (1, 1), (17, 17)
+    pack, plan = ((5, 5), (0, 0), (1, 1), (17, 17)), cases.engine(plan)
     check(pack, inputs_of(pack, torch.float64, heads_kv=2, dim_v=3), True, style, plan=plan)
     check(PACKS["empty"], inputs_of(PACKS["empty"], torch.float64, heads_kv=1, dim_v=5), False, style, plan=plan)
 

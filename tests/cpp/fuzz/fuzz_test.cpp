@@ -24,7 +24,6 @@
 
 namespace {
 
-using natten::DeviceKind;
 using natten::DType;
 using natten::Pass;
 using natten::Plan;
@@ -127,7 +126,7 @@ struct Counts {
 /// Every valid problem has plans, the size of a workspace and a number of pairs, however large it is.
 void plan_only(const Problem& p) {
   for (const Pass pass : {Pass::forward, Pass::backward}) {
-    const std::vector<Plan> plans = natten::list_plans(p, pass, DeviceKind::cpu).plans;
+    const std::vector<Plan> plans = natten::list_plans(p, pass, test::kDevice).plans;
     EXPECT_FALSE(plans.empty());
     for (const Plan& plan : plans) natten::workspace_bytes(p, pass, plan, 2);
   }
@@ -146,8 +145,8 @@ void run_case(const Case& c, DType dtype, uint32_t seed, Generator& random, Coun
     for (const auto& [name, tensor] : operands.inputs(Pass::forward))
       tensor->fill([&] { return random.once_in(30) ? random.one_of<double>({std::nan(""), HUGE_VAL, 0.0}) : 1.0; });
   }
-  const Plan forward = random.one_of(natten::list_plans(operands.problem, Pass::forward, DeviceKind::cpu).plans);
-  const Plan backward = random.one_of(natten::list_plans(operands.problem, Pass::backward, DeviceKind::cpu).plans);
+  const Plan forward = random.one_of(natten::list_plans(operands.problem, Pass::forward, test::kDevice).plans);
+  const Plan backward = random.one_of(natten::list_plans(operands.problem, Pass::backward, test::kDevice).plans);
   SCOPED_TRACE(natten::to_string(forward) + " and " + natten::to_string(backward));
   run(operands, Pass::forward, forward, random.executor());
   run(operands, Pass::backward, backward, random.executor());

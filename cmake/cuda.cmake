@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: MIT
+# Sets NATTEN_CUDA_ENABLED and, where it is true, enables the language CUDA and sets NATTEN_CUDART, the static runtime.
+# nvcc is that of CUDACXX, of PATH, of /usr/local/cuda, or of the compiler wheels of PyPI, which `make` puts into
+# .venv/nvcc. NATTEN_CUDA in the environment decides for AUTO: 1 builds without a GPU in sight, 0 never builds.
+
+set(NATTEN_CUDA_ENABLED OFF)
+set(wanted ${NATTEN_CUDA})
+if(wanted STREQUAL "AUTO")
+  set(wanted "$ENV{NATTEN_CUDA}")
+  if(wanted STREQUAL "")
+    file(GLOB gpus /dev/nvidia[0-9]* /dev/dxg)
+    list(LENGTH gpus wanted)
+  endif()
+endif()
+if(NOT wanted)
+  return()
+endif()
+
+file(GLOB wheels ${CMAKE_SOURCE_DIR}/.venv/nvcc/nvidia/cu1[3-9]/bin)
+find_program(NATTEN_NVCC nvcc HINTS $ENV{CUDACXX} $ENV{CUDA_HOME}/bin PATHS /usr/local/cuda/bin ${wheels})
+if(NOT NATTEN_NVCC)
+  if(NATTEN_CUDA STREQUAL "AUTO" AND "$ENV{NATTEN_CUDA}" STREQUAL "")
+    message(STATUS "CUDA engines: off, there is a GPU but no nvcc")
+    return()
+  endif()
+  message(FATAL_ERROR "NATTEN_CUDA asks for the CUDA engines, but there is no nvcc: `make` installs one from PyPI")
+endif()
+
+get_filename_component(nvcc_real ${NATTEN_NVCC} REALPATH)
+get_filename_component(toolkit ${nvcc_real}/../.. ABSOLUTE)
+# NOTE: the wheels have no lib64, where nvcc looks, and no libcudart.so, which find_package(CUDAToolkit) insists on.
+find_library(NATTEN_CUDART cudart_static PATHS ${toolkit} PATH_SUFFIXES lib64 lib targets/x86_64-linux/lib
+  targets/sbsa-linux/lib NO_DEFAULT_PATH REQUIRED)
+get_filename_component(cudart_folder ${NATTEN_CUDART} DIRECTORY)
+set(CMAKE_CUDA_COMPILER ${NATTEN_NVCC})
+set(CMAKE_CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER})
+set(CMAKE_CUDA_FLAGS_INIT -L${cudart_folder})
+set(CMAKE_CUDA_ARCHITECTURES 80)  # of the compiler check; each engine states its own
+enable_language(CUDA)
+foreach(kind STANDARD EXTENSION)  # CMake 3.25 does not know yet that nvcc has C++20
+  if(NOT CMAKE_CUDA20_${kind}_COMPILE_OPTION)
+    set(CMAKE_CUDA20_${kind}_COMPILE_OPTION -std=c++20)
+  endif()
+endforeach()
+set(CMAKE_CUDA_STANDARD 20)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_EXTENSIONS OFF)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
+set(NATTEN_CUDA_ENABLED ON)
+message(STATUS "CUDA engines: on, nvcc ${CMAKE_CUDA_COMPILER_VERSION} in ${toolkit}")

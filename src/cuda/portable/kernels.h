@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: MIT
+// The families of kernels of this engine, as backend.cpp sees them: whether a family can run a problem, how much
+// workspace it takes, and the two passes. All memory is on the device.
+#pragma once
+#include <cstddef>
+
+#include "natten/attention.h"
+
+namespace natten::cuda_portable {
+
+/// Null, or the first requirement that the problem does not meet.
+const char* why_not_boxes(const Problem& problem, Pass pass);
+Int3 boxes_tile(const Problem& problem);
+size_t boxes_workspace(const Problem& problem, Pass pass);
+void boxes_forward(const Problem& problem, const ForwardArgs& args, void* stream);
+void boxes_backward(const Problem& problem, const BackwardArgs& args, void* stream, void* workspace);
+
+}  // namespace natten::cuda_portable

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: MIT
+// Geometry of a work item on the device: its tile, the box on the other side, and addresses of tokens in both.
+#pragma once
+#include "core/element.h"
+#include "cuda/portable/boxes.h"
+
+namespace natten::cuda_portable {
+
+/// Positions (in a dilation group) `begin` .. `begin + size`, walked in flat order, x fastest.
+struct Box {
+  Int3 begin, size;
+  int volume;
+  FastDiv by_x, by_y;
+
+  __device__ Box(Int3 from, Int3 extent)
+      : begin(from), size(extent), volume(extent.z * extent.y * extent.x), by_x(extent.x), by_y(extent.y) {}
+  /// Relative to `begin`. A `flat` of `volume` or more has a z outside of the box.
+  __device__ __forceinline__ Int3 split(int flat) const {
+    const int rows = by_x.split(flat);
+    int y = rows;
+    const int z = by_y.split(y);
+    return {z, y, flat};
+  }
+};
+
+/// Rows of a tensor that belong to one sample, head and dilation group, by position.
+template <class T>
+struct Gather {
+  T* base;  // of position {0, 0, 0} of the box or tile
+  int64_t z, y, x;
+  int dim;
+  bool vector;
+
+  __device__ __forceinline__ T* at(Int3 p) const { return base + (p.z * z + p.y * y + p.x * x); }
+};
+
+/// A tile and the dilation group it lies in.
+struct Item {
+  int64_t batch;
+  int head;                      // of the tile's side: of queries, or of keys
+  Int3 residue, origin, extent;  // `extent` of the group, in positions
+  Axis group[3];
+  bool empty;  // shorter groups have fewer tiles
+};
+
+__device__ __forceinline__ int component(Int3 v, int axis) { return axis == 0 ? v.z : axis == 1 ? v.y : v.x; }
+
+__device__ inline Item decode_item(const BoxesParams& p, int index) {
+  Item item;
+  uint32_t n = uint32_t(index);
+  const auto digit = [&](int base) {
+    const uint32_t q = n / uint32_t(base), r = n - q * uint32_t(base);
+    n = q;
+    return int(r);
+  };
+  Int3 tile;
+  tile.x = digit(p.num_tiles.x), tile.y = digit(p.num_tiles.y), tile.z = digit(p.num_tiles.z);
+  const Axis* axes = p.problem.axes;
+  const bool grouped = p.side != Side::extra_keys;
+  item.residue.x = digit(grouped ? num_groups(axes[2]) : 1);
+  item.residue.y = digit(grouped ? num_groups(axes[1]) : 1);
+  item.residue.z = digit(grouped ? num_groups(axes[0]) : 1);
+  item.head = digit(p.side == Side::queries ? p.problem.heads : p.problem.heads_kv);
+  item.batch = n;
+  item.origin = {tile.z * p.tile.z, tile.y * p.tile.y, tile.x * p.tile.x};
+  item.group[0] = group_axis(axes[0], item.residue.z);
+  item.group[1] = group_axis(axes[1], item.residue.y);
+  item.group[2] = group_axis(axes[2], item.residue.x);
+  item.extent = {item.group[0].extent, item.group[1].extent, item.group[2].extent};
+  if (!grouped) item.extent = {1, 1, p.problem.extra_keys};
+  item.empty = item.origin.z >= item.extent.z || item.origin.y >= item.extent.y || item.origin.x >= item.extent.x;
+  return item;
+}
+
+/// Position of a row of the tile relative to its origin. Rows past the tile or the group repeat the last ones: their
+/// results are not stored.
+__device__ __forceinline__ Int3 tile_row(const BoxesParams& p, const Item& item, int row) {
+  row = detail::min(row, p.tile.z * p.tile.y * p.tile.x - 1);
+  Int3 at;
+  at.y = p.tile_x.split(row), at.x = row;
+  at.z = p.tile_y.split(at.y);
+  return {detail::min(at.z, item.extent.z - 1 - item.origin.z), detail::min(at.y, item.extent.y - 1 - item.origin.y),
+          detail::min(at.x, item.extent.x - 1 - item.origin.x)};
+}
+
+/// Does this row of the tile exist?
+__device__ __forceinline__ bool is_row(const BoxesParams& p, const Item& item, int row) {
+  if (row >= p.tile.z * p.tile.y * p.tile.x) return false;
+  Int3 at;
+  at.y = p.tile_x.split(row), at.x = row;
+  at.z = p.tile_y.split(at.y);
+  return item.origin.z + at.z < item.extent.z && item.origin.y + at.y < item.extent.y &&
+         item.origin.x + at.x < item.extent.x;
+}
+
+template <class T>
+__device__ __forceinline__ Gather<T> gather_group(const BoxesParams& p, const Rows& rows, const Item& item, int head,
+                                                  Int3 begin) {
+  const int64_t* s = rows.view.strides;
+  const Axis* a = p.problem.axes;
+  const int64_t z = a[0].dilation * s[1], y = a[1].dilation * s[2], x = a[2].dilation * s[3];
+  T* base = pointer<T>(rows.view) + item.batch * s[0] + head * s[4] + item.residue.z * s[1] + item.residue.y * s[2] +
+            item.residue.x * s[3] + begin.z * z + begin.y * y + begin.x * x;
+  return {base, z, y, x, rows.dim, rows.vector};
+}
+
+/// Rows by flat index along x: additional keys, or with the tokens' strides the whole grid.
+template <class T>
+__device__ __forceinline__ Gather<T> gather_plain(const Rows& rows, int64_t batch, int head, Int3 begin) {
+  const int64_t* s = rows.view.strides;
+  T* base = pointer<T>(rows.view) + batch * s[0] + head * s[4] + begin.z * s[1] + begin.y * s[2] + begin.x * s[3];
+  return {base, s[1], s[2], s[3], rows.dim, rows.vector};
+}
+
+template <class T>
+__device__ __forceinline__ Gather<T> gather_tile(const BoxesParams& p, const Rows& rows, const Item& item) {
+  return p.side == Side::extra_keys ? gather_plain<T>(rows, item.batch, item.head, item.origin)
+                                    : gather_group<T>(p, rows, item, item.head, item.origin);
+}
+
+/// What the position `at` of an axis of the tile's side sees on the other side.
+__device__ __forceinline__ Span span_of(Side side, const Axis& group, int at) {
+  return side == Side::queries ? key_span(group, at) : query_span(group, at);
+}
+
+/// The positions that any row of the tile sees. Begins and ends of spans never decrease along an axis.
+__device__ __forceinline__ Box box_of(const BoxesParams& p, const Item& item) {
+  if (p.side == Side::extra_keys) return Box({0, 0, 0}, p.problem.grid());
+  const auto seen = [&](int a) {
+    const Axis& g = item.group[a];
+    const int first = component(item.origin, a), last = detail::min(first + component(p.tile, a), g.extent) - 1;
+    return Span{span_of(p.side, g, first).begin, span_of(p.side, g, last).end};
+  };
+  const Span z = seen(0), y = seen(1), x = seen(2);
+  return Box({z.begin, y.begin, x.begin}, {z.size(), y.size(), x.size()});
+}
+
+}  // namespace natten::cuda_portable

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: MIT
+"""The ledger of compiled CUDA kernels: engine, pass, element type, head_dim bucket, and why the instance exists.
+
+    python tools/cuda_ledger.py [build/cuda/libnatten.a]
+
+Reads the names from the built library and fails if one is not explained here, if an engine has more than 24 instances
+in a pass, or if there are more than 100 in all.
+"""
+
+import collections
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+MOST_PER_PASS, MOST = 24, 100
+DTYPE_ONLY = "one per element type: the type is all that changes instructions"
+BUCKETS = "element type, and accumulators of 32, 64, 128 or 256 channels in registers"
+# (engine, kernel): (pass, why)
+WHY = {
+    ("cuda-reference", "forward"): ("fwd", DTYPE_ONLY),
+    ("cuda-reference", "delta"): ("bwd", DTYPE_ONLY),
+    ("cuda-reference", "dq"): ("bwd", DTYPE_ONLY),
+    ("cuda-reference", "dkv"): ("bwd", DTYPE_ONLY),
+    ("cuda-reference", "dbias"): ("bwd", DTYPE_ONLY),
+    ("portable", "forward"): ("fwd", BUCKETS),
+    ("portable", "dq"): ("bwd", BUCKETS),
+    ("portable", "dq_bias"): ("bwd", BUCKETS + "; walks over items, for each warp keeps a table of bias gradients"),
+    ("portable", "dkdv"): ("bwd", BUCKETS),
+    ("portable", "row_stats"): ("bwd", DTYPE_ONLY),
+    ("portable", "reduce_bias"): ("bwd", DTYPE_ONLY),
+}
+KERNEL = re.compile(r"natten::cuda_(\w+)::(?:\(anonymous namespace\)::)?(\w+)_kernel<([^<>]*)>")
+ENGINES = {"reference": "cuda-reference"}
+
+
+def instances(library: Path) -> list[tuple[str, str, str]]:
+    """(engine, kernel, template arguments) of every kernel, by the names of their host stubs."""
+    names = subprocess.run(["nm", "-C", library], check=True, capture_output=True, text=True).stdout
+    found = {(ENGINES.get(e, e), kernel, arguments) for e, kernel, arguments in KERNEL.findall(names)}
+    return sorted(found, key=lambda row: (row[0], row[1], [int(x) if x.isdigit() else -1 for x in row[2].split(", ")]))
+
+
+def main() -> int:
+    library = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build/cuda/libnatten.a"
+    rows, counts, status = instances(library), collections.Counter(), 0
+    print(f"{'engine':<16}{'pass':<6}{'kernel':<14}{'dtype':<8}{'bucket':<10}why")
+    for engine, kernel, arguments in rows:
+        which, why = WHY.get((engine, kernel), ("?", None))
+        counts[engine, which] += 1
+        dtype, *bucket = arguments.replace("natten::", "").split(", ")
+        print(f"{engine:<16}{which:<6}{kernel:<14}{dtype:<8}{'x'.join(bucket) or '-':<10}{why or 'NOT EXPLAINED'}")
+        status |= why is None
+    for (engine, which), count in sorted(counts.items()):
+        over = count > MOST_PER_PASS
+        print(f"{engine} {which}: {count} of at most {MOST_PER_PASS}{' OVER' if over else ''}")
+        status |= over
+    print(f"{len(rows)} instances of at most {MOST}, {library.stat().st_size / 2**20:.1f} MiB")
+    return int(status or not 0 < len(rows) <= MOST)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
