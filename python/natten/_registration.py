@@ -16,6 +16,8 @@ A Function's forward calls the op again with autograd switched off, so that mode
 import torch
 from torch.autograd import forward_ad
 
+from . import _tracing
+
 # NOTE: private; torch.library itself stands on it since 2.4.
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
@@ -50,6 +52,8 @@ def register(library: torch.library.Library, op, rules: type, traced=None):
     def call(*args):
         if torch.compiler.is_compiling():
             return (traced or op)(*args)
+        if torch._C._get_tracing_state() is not None:  # NOTE: torch.jit.is_tracing() asks the same, in 0.1 us more
+            return _tracing.call(op, *args)
         if torch.is_inference_mode_enabled() or _is_transformed():
             return op(*args)
         return autograd(*args)
