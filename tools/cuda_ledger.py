@@ -49,12 +49,12 @@ def instances(library: Path) -> list[tuple[str, str, str]]:
 def main() -> int:
     library = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build/cuda/libnatten.a"
     rows, counts, status = instances(library), collections.Counter(), 0
-    print(f"{'engine':<16}{'pass':<6}{'kernel':<14}{'dtype':<8}{'bucket':<10}why")
+    print(f"{'engine':<16}{'pass':<6}{'kernel':<16}{'dtype':<8}{'bucket':<12}why")
     for engine, kernel, arguments in rows:
         which, why = WHY.get((engine, kernel), ("?", None))
         counts[engine, which] += 1
         dtype, *bucket = arguments.replace("natten::", "").split(", ")
-        print(f"{engine:<16}{which:<6}{kernel:<14}{dtype:<8}{'x'.join(bucket) or '-':<10}{why or 'NOT EXPLAINED'}")
+        print(f"{engine:<16}{which:<6}{kernel:<16}{dtype:<8}{'x'.join(bucket) or '-':<12}{why or 'NOT EXPLAINED'}")
         status |= why is None
     for (engine, which), count in sorted(counts.items()):
         over = count > MOST_PER_PASS
