@@ -51,7 +51,8 @@ std::string reason_off(std::string_view engine) {
     backend->list_plans(probe, natten::Pass::forward, list);
     return list.plans.empty() ? list.rejections.front().reason : "";
   }
-  return "this build does not have it";
+  if (engine == "sm90") return "this release does not have it";
+  return "it is not in this build: build with NATTEN_CUDA=1 in the environment";
 }
 
 }  // namespace
