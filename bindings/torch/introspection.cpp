@@ -77,11 +77,14 @@ NATTEN_EXPORT int64_t natten_num_pairs(int rank, const int64_t* extent, const in
   return num_pairs(p);
 }
 
-NATTEN_EXPORT void natten_token_keys(int64_t extent, int64_t window, int64_t stride, int64_t dilation, int causal,
-                                     int64_t token, int64_t* first_and_count) {
+// The keys of every token of a valid axis: rows of [first, count].
+NATTEN_EXPORT void natten_key_spans(int64_t extent, int64_t window, int64_t stride, int64_t dilation, int causal,
+                                    int64_t* rows) {
   const natten::Axis axis{int(extent), int(window), int(stride), int(dilation), causal != 0};
-  const natten::TokenKeys keys = natten::token_keys(axis, int(token));
-  first_and_count[0] = keys.first, first_and_count[1] = keys.count;
+  for (int token = 0; token < axis.extent; ++token) {
+    const natten::TokenKeys keys = natten::token_keys(axis, token);
+    rows[2 * token] = keys.first, rows[2 * token + 1] = keys.count;
+  }
 }
 
 NATTEN_EXPORT const char* natten_list_plans(int pass, int on_cuda, const char* dtype, int rank, const int64_t* extent,

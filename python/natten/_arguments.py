@@ -124,7 +124,9 @@ def are_plain(dims: int, query, key, value) -> bool:
         and query.layout is key.layout is value.layout is torch.strided
         and not (query.is_nested or key.is_nested or value.is_nested)
         and query.dim() == key.dim() == value.dim() == dims
-        and all(x.is_contiguous() or x.stride(-1) == 1 for x in (query, key, value))
+        and (query.is_contiguous() or query.stride(-1) == 1)  # NOTE: no loop, no generator: 0.3 us
+        and (key.is_contiguous() or key.stride(-1) == 1)
+        and (value.is_contiguous() or value.stride(-1) == 1)
     )
 
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from ._geometry import in_full
-from ._library import KEY_SPANS, key_spans
+from ._geometry import in_full, refuse_oversize
+from ._library import KEY_SPANS, key_spans, plans
 
 
 class Windows(NamedTuple):
@@ -55,8 +55,6 @@ def _axis_windows(extent, window, stride, dilation, causal, device) -> Windows:
 def _key_spans(*axis) -> torch.Tensor:
     if not in_onnx_export():
         return KEY_SPANS(*axis)
-    if not all(isinstance(x, int) for x in axis):
-        raise ValueError("the ONNX export needs a grid and windows of fixed size: only the batch may be dynamic")
     return torch.tensor(key_spans(*axis))  # a constant of the graph, which knows no op of ours
 
 
@@ -75,11 +73,36 @@ class Gathered(NamedTuple):
     p: torch.Tensor  # [B, L, M, H]: the probabilities
 
 
-def attend(q, k, v, *arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the op na_fwd does, for exporters to formats that know only torch's ops."""
-    x = gather(q, k, v, *arguments)
+def attend(q, k, v, bias, extra_k, extra_v, *options) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the op na_fwd does, for exporters to formats that know only torch's ops. Raises ValueError as it does."""
+    _check(q, k, v, bias, extra_k, extra_v, *options)
+    x = gather(q, k, v, bias, extra_k, extra_v, *options)
     out, lse = mix(x.p, x.v), x.logits.logsumexp(2)
     return out.reshape(*q.shape[:-1], v.shape[-1]).to(q.dtype), lse.reshape(q.shape[:-1])
+
+
+def _check(q, k, v, bias, extra_k, extra_v, window, stride, dilation, causal, scale, may_be_oversize, plan) -> None:
+    grid, axes = q.shape[1:-2], in_full(window, stride, dilation, causal)
+    if not all(isinstance(x, int) for xs in (grid, *axes) for x in xs):
+        raise ValueError("the ONNX export needs a grid and windows of fixed size: only the batch may be dynamic")
+    heads_kv, num_extra = k.shape[-2], 0 if extra_k is None else extra_k.shape[1]
+    on_grid = k.shape[1:-2] if window[0] == 0 else grid
+    for name, x, shape in (
+        ("key", k, (*on_grid, heads_kv, q.shape[-1])),
+        ("value", v, (*on_grid, heads_kv, v.shape[-1])),
+        ("additional_keys", extra_k, (num_extra, heads_kv, q.shape[-1])),
+        ("additional_values", extra_v, (num_extra, heads_kv, v.shape[-1])),
+    ):
+        if x is not None and tuple(x.shape[1:]) != shape:
+            raise ValueError(f"{name} has shape {list(x.shape)}, but behind the batch it must have {list(shape)}")
+    if bias is not None and tuple(bias.shape) != (q.shape[-2], *(2 * w - 1 for w in window)):
+        raise ValueError(f"the relative position bias has shape {list(bias.shape)}, which does not fit the window")
+    numbers = q.shape[-2], heads_kv, q.shape[-1], v.shape[-1], num_extra, bias is not None
+    error = plans(False, q.device, q.dtype, (grid, *axes), numbers).get("error")
+    if error:
+        raise ValueError(error)
+    if not may_be_oversize:
+        refuse_oversize(grid, axes[0], axes[2], [False] * len(grid))
 
 
 def gather(q, k, v, bias, extra_k, extra_v, window, stride, dilation, causal, scale, *_) -> Gathered:

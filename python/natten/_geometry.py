@@ -12,7 +12,9 @@ from . import _arguments as args
 
 
 class Geometry(NamedTuple):
-    axes: tuple  # window, stride, dilation, causal: each with an entry per axis, or short, see `_shortened`
+    """Entries per axis stand in the order of the grid, slowest first."""
+
+    axes: tuple  # window, stride, dilation, causal; the last three () for defaults, unless sizes are symbols
     scale: float
     may_be_oversize: bool  # whether the core cuts a window that does not fit, or refuses it
     padding: tuple  # amounts for torch.nn.functional.pad of [batch, *grid, heads, head_dim]; () for none
@@ -44,11 +46,23 @@ def geometry_of(shape, kernel_size, stride=1, dilation=1, is_causal=False, scale
     arguments = shape, kernel_size, stride, dilation, is_causal, scale, oversize
     if torch.compiler.is_compiling():
         return _geometry_of(*arguments)
-    try:
-        return _kept(*arguments)
-    except TypeError:  # a list has no hash, and a wrong type is told of below
-        pass
-    return _eager(*arguments)
+    plain = _is_plain(kernel_size, int) and _is_plain(stride, int) and _is_plain(dilation, int)
+    if plain and _is_plain(is_causal, bool) and type(scale) in _NUMBERS and type(shape[-1]) is int:
+        try:
+            return _kept(*arguments)
+        except TypeError:  # a size that is a symbol has no hash, and wrong types are told of below
+            pass
+    if all(type(size) is int for size in shape):
+        return _eager(*arguments)
+    return _geometry_of(*arguments)
+
+
+_NUMBERS = (float, int, type(None))
+
+
+def _is_plain(value, kind: type) -> bool:
+    """Whether a kept answer may serve for `value`: nothing that equals another value but means something else."""
+    return type(value) is kind or (type(value) is tuple and all(type(x) is kind for x in value))
 
 
 def _eager(shape, *arguments) -> Geometry:
@@ -57,7 +71,6 @@ def _eager(shape, *arguments) -> Geometry:
     return geometry._replace(axes=_shortened(*geometry.axes), looks_heads_first=looks_heads_first)
 
 
-# NOTE: typed, so that True is not taken for a kept 1. Inside of a tuple it is, where it means the same.
 _kept = functools.lru_cache(maxsize=1024, typed=True)(_eager)
 
 

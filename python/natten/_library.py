@@ -72,8 +72,8 @@ def _c_functions() -> ctypes.CDLL:
     library.natten_info.restype = ctypes.c_char_p
     library.natten_num_pairs.argtypes = [ctypes.c_int, sizes, sizes, sizes, sizes, flags]
     library.natten_num_pairs.restype = ctypes.c_int64
-    library.natten_token_keys.argtypes = [*[ctypes.c_int64] * 4, ctypes.c_int, ctypes.c_int64, sizes]
-    library.natten_token_keys.restype = None
+    library.natten_key_spans.argtypes = [*[ctypes.c_int64] * 4, ctypes.c_int, sizes]
+    library.natten_key_spans.restype = None
     numbers = [ctypes.c_int] * 6
     library.natten_list_plans.argtypes = [
         ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int, *[sizes] * 4, flags, *numbers
@@ -105,12 +105,11 @@ def num_pairs(extent, window, stride, dilation, causal) -> int:
 
 
 def key_spans(extent: int, window: int, stride: int, dilation: int, causal: bool) -> list[list[int]]:
-    """What the op `key_spans` gives, as numbers: for each token of an axis its first key and how many there are."""
-    rows, row = [], (ctypes.c_int64 * 2)()
-    for token in range(extent):
-        _c_functions().natten_token_keys(extent, window, stride, dilation, causal, token, row)
-        rows.append(list(row))
-    return rows
+    """What the op `key_spans` gives, as numbers: for each token of an axis its first key and how many there are.
+    The axis must be that of a valid problem, see `plans`."""
+    rows = (ctypes.c_int64 * (2 * extent))()
+    _c_functions().natten_key_spans(extent, window, stride, dilation, causal, rows)
+    return [[rows[2 * i], rows[2 * i + 1]] for i in range(extent)]
 
 
 def plans(backward: bool, device: torch.device, dtype: torch.dtype, geometry: tuple, numbers: tuple) -> dict:

@@ -13,7 +13,6 @@ import math
 
 import torch
 
-from . import _tracing
 from ._batching import fold_rule
 from ._library import HAS_LIBNATTEN, NA_AV, NA_AV_BWD, NA_QK, NA_QK_BWD, NAMESPACE, refuse
 from ._registration import register
@@ -191,12 +190,7 @@ def _fake_av_bwd(dout, *x_and_options):
 def _registered(op, fake, rules, bias, head_axes, out_head_axes):
     torch.library.register_fake(op)(fake)
     rules.vmap = staticmethod(fold_rule(op, bias, head_axes, out_head_axes))
-    call = register(_registrations, op, rules)
-
-    def run(*arguments):
-        return _tracing.call(op, *arguments) if torch.jit.is_tracing() else call(*arguments)
-
-    return run
+    return register(_registrations, op, rules)
 
 
 if HAS_LIBNATTEN:

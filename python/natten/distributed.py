@@ -6,10 +6,11 @@ gradients of a relative position bias are partial sums where the batch is sharde
 
     Replicate()    all tensors
     Shard(0)       the batch, of all tensors but the bias, which is replicated
-    Shard(-2)      the heads, of all tensors. With grouped queries only if the ranks divide the key heads, because
-                   every rank must hold the queries of its keys.
+    Shard(-2)      the heads, of all tensors. With grouped queries only if the ranks of the whole mesh divide the key
+                   heads, because every rank must hold the queries of its keys.
 
-Anything else, a sharded grid for example, torch redistributes to one of these first. First-order derivatives only.
+Anything else, a sharded grid for example, torch redistributes to one of these first. First-order derivatives of the
+fused operator only: dropout on weights, `return_weights` and the unfused operators have no placements.
 
 NOTE: not imported by the package: torch.distributed.tensor takes a second to import.
 """

@@ -13,10 +13,9 @@ import torch
 from torch.nn.functional import pad as zero_pad
 
 from . import _arguments as args
-from . import _legacy, _tracing, _tuning, context
+from . import _legacy, _tuning, context
 from ._errors import WrongType, translated
 from ._geometry import geometry_of
-from ._library import NA_FWD
 from ._ops import na_fwd, with_unit_last_stride
 from ._varlen import attend_nothing, attend_samples, sample_bounds
 from .merge import merge_attentions
@@ -206,7 +205,7 @@ def _checked_tensors(name, rank, query, key, value, extra_k, extra_v, rpb):
 
 def _run(tensors, options, backend):
     try:
-        return _tracing.call(NA_FWD, *tensors, *options) if torch.jit.is_tracing() else na_fwd(*tensors, *options)
+        return na_fwd(*tensors, *options)
     except (RuntimeError, ValueError) as error:
         raise translated(error, tensors[0].device.type, backend) from None
 

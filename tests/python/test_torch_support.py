@@ -192,6 +192,7 @@ def copies(s, x):
 
 
 def weight_norm(s, x):
+    needs_parameters(s)
     expected = s.exactly(*x)
     for module in s.modules():
         if isinstance(module, torch.nn.Linear):
@@ -200,26 +201,60 @@ def weight_norm(s, x):
 
 
 def deterministic_mode(s, x):
+    """Thrown between forward and backward."""
+    leaves = [y.detach().clone().requires_grad_() for y in x]
+    loss = loss_of(s)(*leaves)
     torch.use_deterministic_algorithms(True)
     try:
-        close(gradients(s, x), gradients(s, x), 0)
+        close(torch.autograd.grad(loss, leaves), gradients(s, x), 0)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
+def hooks(s, x):
+    seen = []
+    handles = [
+        s.register_forward_hook(lambda *_: seen.append(1)),
+        s.register_full_backward_hook(lambda *_: seen.append(2)),
+    ]
+    leaves = [y.detach().clone().requires_grad_() for y in x]
+    out = s(*leaves)
+    out.grad_fn.register_hook(lambda *_: seen.append(3))
+    leaves[0].register_hook(lambda g: 2 * g)
+    out.sin().sum().backward()
+    for handle in handles:
+        handle.remove()
+    assert sorted(seen) == [1, 2, 3]
+    close(leaves[0].grad / 2, gradients(s.exactly, x)[0])
+
+
+def partially_frozen(s, x):
+    for i in range(len(x)):
+        leaves = [y.detach().clone().requires_grad_(i == j) for j, y in enumerate(x)]
+        for p in s.parameters():
+            p.requires_grad_(False)
+        close(torch.autograd.grad(loss_of(s)(*leaves), leaves[i]), gradients(s.exactly, x)[i])
+
+
+class NotApplicable(Exception):
+    pass
+
+
+def needs_parameters(s):
+    if not list(s.parameters()):
+        raise NotApplicable
+
+
 def parameters_transformed(s, x):
+    needs_parameters(s)
     names = [name for name, _ in s.named_parameters()]
     values = [p.detach() for _, p in s.named_parameters()]
 
-    def by_parameters(module):
-        return lambda *p: functional_call(module, dict(zip(names, p)), x).sin().sum()
+    def loss(*p):
+        return functional_call(s, dict(zip(names, p)), x).sin().sum()
 
-    close(grad(by_parameters(s), tuple(range(len(names))))(*values) if names else [], exact_parameter_gradients(s, x))
-
-
-def exact_parameter_gradients(s, x):
-    parameters = list(s.parameters())
-    return torch.autograd.grad(loss_of(s.exactly)(*x), parameters) if parameters else []
+    expected = torch.autograd.grad(loss_of(s.exactly)(*x), list(s.parameters()))
+    close(grad(loss, tuple(range(len(names))))(*values), expected)
 
 
 def nested(s, x):
@@ -280,6 +315,8 @@ FEATURES = {
     "`torch.onnx.export(dynamo=True)`": (onnx, "gathers of windows; any batch, but a grid of fixed size"),
     "checkpoints: reentrant, not, selective": (checkpoints, "recomputes the same bits"),
     "`torch.autocast`, `GradScaler`": (autocast, "float64 is left alone"),
+    "hooks on tensors, modules, graph nodes": (hooks, ""),
+    "partially frozen inputs and parameters": (partially_frozen, ""),
     "`torch.use_deterministic_algorithms`": (deterministic_mode, "every plan is deterministic"),
     "`FlopCounterMode`": (flop_counter, "import `natten.flops` first; exact pairs"),
     "`deepcopy`, `pickle`, `torch.save`": (copies, ""),
@@ -291,11 +328,13 @@ SUBJECTS = [FunctionSubject, ModuleSubject]
 
 
 def outcome(subject, feature):
-    """yes, or no and the sentence that says so."""
+    """yes, or no and the sentence that says so; - where there is nothing to try."""
     torch.manual_seed(0)
     s = subject().double()
     try:
         FEATURES[feature][0](s, s.inputs(torch.float64))
+    except NotApplicable:
+        return "-"
     except (RuntimeError, NotImplementedError) as error:
         torch_refuses = "natten" not in str(error).split("\n")[0] and not isinstance(error, NotImplementedError)
         sentence = re.sub(r"\s+", " ", str(error).split("\n")[0].split(". ")[0]).replace("|", "/")
