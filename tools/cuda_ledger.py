@@ -25,6 +25,11 @@ WHY = {
     ("cuda-reference", "dq"): ("bwd", DTYPE_ONLY),
     ("cuda-reference", "dkv"): ("bwd", DTYPE_ONLY),
     ("cuda-reference", "dbias"): ("bwd", DTYPE_ONLY),
+    ("cuda-reference", "scores"): ("unfused", DTYPE_ONLY),
+    ("cuda-reference", "weigh_keys"): ("unfused", DTYPE_ONLY),
+    ("cuda-reference", "weigh_queries"): ("unfused", DTYPE_ONLY),
+    ("cuda-reference", "weigh_all_queries"): ("unfused", DTYPE_ONLY + "; the keys are additional ones"),
+    ("cuda-reference", "sum_bias"): ("unfused", DTYPE_ONLY),
     ("portable", "forward"): ("fwd", BUCKETS),
     ("portable", "dq"): ("bwd", BUCKETS),
     ("portable", "dq_bias"): ("bwd", BUCKETS + "; walks over items, for each warp keeps a table of bias gradients"),
@@ -49,12 +54,12 @@ def instances(library: Path) -> list[tuple[str, str, str]]:
 def main() -> int:
     library = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build/cuda/libnatten.a"
     rows, counts, status = instances(library), collections.Counter(), 0
-    print(f"{'engine':<16}{'pass':<6}{'kernel':<16}{'dtype':<8}{'bucket':<12}why")
+    print(f"{'engine':<16}{'pass':<9}{'kernel':<20}{'dtype':<8}{'bucket':<12}why")
     for engine, kernel, arguments in rows:
         which, why = WHY.get((engine, kernel), ("?", None))
         counts[engine, which] += 1
         dtype, *bucket = arguments.replace("natten::", "").split(", ")
-        print(f"{engine:<16}{which:<6}{kernel:<16}{dtype:<8}{'x'.join(bucket) or '-':<12}{why or 'NOT EXPLAINED'}")
+        print(f"{engine:<16}{which:<9}{kernel:<20}{dtype:<8}{'x'.join(bucket) or '-':<12}{why or 'NOT EXPLAINED'}")
         status |= why is None
     for (engine, which), count in sorted(counts.items()):
         over = count > MOST_PER_PASS

@@ -170,9 +170,12 @@ std::tuple<Tensor, Tensor, Tensor> na_av_bwd(Tensor dout, Tensor attn, Tensor v,
 
 }  // namespace
 
-NATTEN_LIBRARY_IMPL(NATTEN_OP_NAMESPACE, CPU, m) {
-  m.impl("na_qk", TORCH_BOX(&na_qk));
-  m.impl("na_qk_bwd", TORCH_BOX(&na_qk_bwd));
-  m.impl("na_av", TORCH_BOX(&na_av));
-  m.impl("na_av_bwd", TORCH_BOX(&na_av_bwd));
-}
+#define NATTEN_UNFUSED_KERNELS(m)               \
+  do {                                          \
+    m.impl("na_qk", TORCH_BOX(&na_qk));         \
+    m.impl("na_qk_bwd", TORCH_BOX(&na_qk_bwd)); \
+    m.impl("na_av", TORCH_BOX(&na_av));         \
+    m.impl("na_av_bwd", TORCH_BOX(&na_av_bwd)); \
+  } while (0)
+NATTEN_LIBRARY_IMPL(NATTEN_OP_NAMESPACE, CPU, m) { NATTEN_UNFUSED_KERNELS(m); }
+NATTEN_LIBRARY_IMPL(NATTEN_OP_NAMESPACE, CUDA, m) { NATTEN_UNFUSED_KERNELS(m); }

@@ -49,6 +49,7 @@ ON_EVERY_DEVICE = {
     "test_torch_compile",
     "test_torch_training",
     "test_torch_transforms",
+    "test_unfused",
     "test_varlen",
     "test_windows",
 }

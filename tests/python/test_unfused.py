@@ -250,7 +250,7 @@ def test_bias_gradient_is_the_same_bits():
 
 def test_autocast_and_mixed_types():
     q, k, v = (torch.randn(1, 2, 6, 7, 8) for _ in range(3))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         attn = functional.na2d_qk(q, k.bfloat16(), 3)
         assert attn.dtype == torch.bfloat16
         assert functional.na2d_av(attn.float().softmax(-1), v, 3).dtype == torch.bfloat16

@@ -18,9 +18,7 @@ int num_blocks(int64_t items, int per_block) {
   return int(std::min<int64_t>((items + per_block - 1) / per_block, int64_t{device->num_sms} * kBlocksPerSm));
 }
 
-namespace {
-
-void list_plans(const Problem&, Pass, PlanList& list) {
+void list_if_usable(PlanList& list) {
   const cuda::DeviceInfo* device = cuda::current_device();
   if (!device)
     list.rejections.push_back({kBackend.name, "there is no GPU that CUDA 13 can use: none, or a driver before 580"});
@@ -30,6 +28,10 @@ void list_plans(const Problem&, Pass, PlanList& list) {
   else
     list.plans.push_back({kBackend.name, "", {}});
 }
+
+namespace {
+
+void list_plans(const Problem&, Pass, PlanList& list) { list_if_usable(list); }
 
 size_t workspace_bytes(const Problem& p, Pass pass, const Plan&, int) {
   return pass == Pass::forward ? 0 : sizeof(double) * p.batch * p.tokens() * p.heads;
@@ -45,6 +47,7 @@ void run_backward(const Problem& p, const BackwardArgs& args, const Plan&, const
 
 }  // namespace
 
-const Backend kBackend{"cuda-reference", DeviceKind::cuda, list_plans, workspace_bytes, run_forward, run_backward};
+const Backend kBackend{"cuda-reference", DeviceKind::cuda, list_plans, workspace_bytes,
+                       run_forward,      run_backward,     &kUnfused};
 
 }  // namespace natten::cuda_reference

@@ -114,13 +114,6 @@ __device__ void sum_key(const Problem& p, const BackwardArgs& args, const double
   }
 }
 
-// The token of the key that a query meets at an entry of the bias table, or -1 if its window does not hold it.
-inline __device__ int key_at(const Axis& a, int query, int entry) {
-  const AxisKeys axis = axis_keys(a, query);
-  const int position = axis.position + entry - bias_index(a, 0, 0);
-  return axis.keys.contains(position) ? axis.residue + a.dilation * position : -1;
-}
-
 template <class T>
 __device__ double sum_bias(const Problem& p, const BackwardArgs& args, const double* deltas, int head, Int3 entry) {
   double sum = 0;
@@ -128,9 +121,8 @@ __device__ double sum_bias(const Problem& p, const BackwardArgs& args, const dou
   for (int64_t i = lane(); i < count; i += kLanes) {
     const int64_t batch = i / p.tokens();
     const Int3 token = whole_grid(p).at(i - batch * p.tokens());
-    const Int3 key{key_at(p.axes[0], token.z, entry.z), key_at(p.axes[1], token.y, entry.y),
-                   key_at(p.axes[2], token.x, entry.x)};
-    if (key.z < 0 || key.y < 0 || key.x < 0) continue;
+    const Int3 key = key_at(p, token, entry);
+    if (key.z < 0) continue;
     const GradQuery<T> query(p, args, deltas, batch, head, token);
     sum += query.weights(key_of<T>(p, args, batch, head, token, key)).ds;
   }

@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: MIT
 // The two passes of the engine, launched on executor.stream.
 #pragma once
-#include "natten/attention.h"
+#include "core/backend.h"
 
 namespace natten::cuda_reference {
+
+extern const UnfusedKernels kUnfused;
+
+/// Adds the engine's plan if this GPU can run it, else why it cannot.
+void list_if_usable(PlanList& list);
 
 /// Blocks for `items` pieces of work, of which a block takes `per_block` at a time. Kernels loop, so a grid never has
 /// more blocks than the device can keep busy.

@@ -68,4 +68,19 @@ inline __device__ Int3 bias_entry(const Problem& p, Int3 query, Int3 key) {
           bias_index(x, query.x / x.dilation, key.x / x.dilation)};
 }
 
+namespace detail {
+inline __device__ int key_at(const Axis& a, int query, int entry) {
+  const AxisKeys axis = axis_keys(a, query);
+  const int position = axis.position + entry - bias_index(a, 0, 0);
+  return axis.keys.contains(position) ? axis.residue + a.dilation * position : -1;
+}
+}  // namespace detail
+
+/// The key that a query meets at an entry of the bias table; z is -1 if its window does not hold that key.
+inline __device__ Int3 key_at(const Problem& p, Int3 query, Int3 entry) {
+  const Int3 key{detail::key_at(p.axes[0], query.z, entry.z), detail::key_at(p.axes[1], query.y, entry.y),
+                 detail::key_at(p.axes[2], query.x, entry.x)};
+  return key.z < 0 || key.y < 0 || key.x < 0 ? Int3{-1, -1, -1} : key;
+}
+
 }  // namespace natten::cuda_reference
