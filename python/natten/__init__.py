@@ -64,7 +64,8 @@ __all__ = [
     "use_kv_parallelism_in_fused_na",
 ]
 
-__path__.append(_legacy.FOLDER)
+# NOTE: in front, for behind it the library beside this file, libnatten.so, would be taken for the module libnatten.
+__path__.insert(0, _legacy.FOLDER)
 
 
 def __getattr__(name: str):
