@@ -176,3 +176,8 @@ def autocast(query, *others):
 def is_autocast(query) -> bool:
     kind = "cpu" if query.is_cpu else query.device.type  # the latter makes a string, 0.3 us
     return kind != "meta" and torch.is_autocast_enabled(kind)  # which it refuses to answer for meta
+
+
+def with_unit_last_stride(x: torch.Tensor | None) -> torch.Tensor | None:
+    """`x`, copied if its last axis is not dense in memory: all that an engine asks of a tensor's strides."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()

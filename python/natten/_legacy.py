@@ -11,7 +11,7 @@ from pathlib import Path
 FOLDER = str(Path(__file__).with_name("compat"))
 
 # Names of the package itself, by the module that has them.
-_TOP_LEVEL = {
+TOP_LEVEL = {
     "legacy_modules": (
         "LegacyNeighborhoodAttention",
         "LegacyNeighborhoodAttention2D",
@@ -61,7 +61,7 @@ _TOP_LEVEL = {
         if (pass_, engine) != ("bwd_", "flex")
     ),
 }
-_HOME = {name: module for module, names in _TOP_LEVEL.items() for name in names}
+_HOME = {name: module for module, names in TOP_LEVEL.items() for name in names}
 # Modules that the original imported by itself: `import natten; natten.X.y` found them.
 _SUBMODULES = ("backends", "flops", "libnatten", "nested", "ops", "token_permute", "types", "utils")
 

@@ -11,28 +11,20 @@ options (window, stride, dilation, causal, scale, oversize, plan).
 
 import torch
 
+from ._arguments import with_unit_last_stride
 from ._batching import fold_rule
 from ._errors import translated
 from ._gather import attend, in_onnx_export
 from ._library import HAS_LIBNATTEN, KEY_SPANS, NA_BWD, NA_FWD, NAMESPACE, refuse
-from ._registration import register
+from ._registration import add, present, register, save
 from ._second_order import hvp, jvp
 
 _NO_GRADIENT_OF_OPTIONS = (None,) * 7
 
 
-def with_unit_last_stride(x: torch.Tensor) -> torch.Tensor:
-    """`x`, copied if its last axis is not dense in memory: all that an engine asks of a tensor's strides."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def backward_plan(plan: str) -> str:
     """The part of a forced plan that means something in the other pass: engine and kernel, not its tiles."""
     return "/".join(plan.split("/")[:2])
-
-
-def _add(xs, ys):
-    return tuple(x if y is None else y if x is None else x + y for x, y in zip(xs, ys, strict=True))
 
 
 def _bwd(dout, dlse, x, out, lse, options):
@@ -43,7 +35,7 @@ def _bwd(dout, dlse, x, out, lse, options):
         gradients = na_bwd(dout, dlse, *x, out, lse, *geometry, backward_plan(plan))
     except (RuntimeError, ValueError) as error:
         raise translated(error, out.device.type) from None
-    return tuple(None if y is None else g for y, g in zip(x, gradients, strict=True))
+    return present(gradients, x)
 
 
 class Forward:
@@ -51,7 +43,7 @@ class Forward:
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _save(ctx, (*inputs[:6], *output), inputs[6:])
+        save(ctx, (*inputs[:6], *output), inputs[6:])
 
     @staticmethod
     def backward(ctx, dout, dlse):
@@ -68,12 +60,12 @@ class Backward:
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _save(ctx, inputs[:10], inputs[10:])
+        save(ctx, inputs[:10], inputs[10:])
 
     @staticmethod
     def backward(ctx, *cotangents):
         dout, dlse, *x, _, _ = ctx.saved_tensors
-        t = [None if y is None else g for y, g in zip(x, cotangents, strict=True)]
+        t = present(cotangents, x)
         g_dout, g_dlse = jvp(x, t, ctx.options)
         g_x = hvp(dout, dlse, x, t, ctx.options)
         return g_dout, None if dlse is None else g_dlse, *g_x, None, None, *_NO_GRADIENT_OF_OPTIONS
@@ -81,15 +73,9 @@ class Backward:
     @staticmethod
     def jvp(ctx, t_dout, t_dlse, *tangents):
         dout, dlse, *x, out, lse = ctx.saved_tensors
-        sums = _add(_bwd(t_dout, t_dlse, x, out, lse, ctx.options), hvp(dout, dlse, x, tangents[:6], ctx.options))
+        bwd, along = _bwd(t_dout, t_dlse, x, out, lse, ctx.options), hvp(dout, dlse, x, tangents[:6], ctx.options)
+        sums = map(add, bwd, along)
         return tuple(out.new_zeros(0) if g is None else g for g in sums)
-
-
-def _save(ctx, tensors, options):
-    ctx.options = options
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
 
 
 def _fake_fwd(q, k, v, bias, extra_k, extra_v, *options):

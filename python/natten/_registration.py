@@ -72,3 +72,21 @@ def _differentiates(args) -> bool:
     if getattr(forward_ad, "_current_level", 0) >= 0:
         return True
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
+
+
+def save(ctx, tensors, options) -> None:
+    """What a rule's `setup_context` keeps, for backward and for tangents."""
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+
+
+def add(x, y):
+    """Their sum, where None is zero."""
+    return x if y is None else y if x is None else x + y
+
+
+def present(gradients, inputs) -> tuple:
+    """An op gives an empty tensor for an absent input, torch wants None."""
+    return tuple(None if x is None else g for x, g in zip(inputs, gradients, strict=True))

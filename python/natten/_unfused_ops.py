@@ -13,33 +13,15 @@ import math
 
 import torch
 
+from ._arguments import with_unit_last_stride
 from ._batching import fold_rule
 from ._library import HAS_LIBNATTEN, NA_AV, NA_AV_BWD, NA_QK, NA_QK_BWD, NAMESPACE, refuse
-from ._registration import register
+from ._registration import add, present, register, save
 
 
-def _add(x, y):
-    return x if y is None else y if x is None else x + y
-
-
-def _or_zeros(t, like):
-    return torch.zeros_like(like) if t is None and like is not None else t
-
-
-def _present(gradients, inputs):
-    """An op gives an empty tensor for an absent input."""
-    return tuple(None if x is None else g for x, g in zip(inputs, gradients, strict=True))
-
-
-def _dense(x):
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
-
-
-def _save(ctx, tensors, options):
-    ctx.options = options
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
+def _direction(t, like):
+    """A tangent or cotangent as an op takes it; zeros for an absent one."""
+    return with_unit_last_stride(torch.zeros_like(like) if t is None and like is not None else t)
 
 
 def _scores_along(keys, directions, options):
@@ -48,11 +30,11 @@ def _scores_along(keys, directions, options):
     tq, tk, t_bias, t_extra = directions
     *geometry, scale, oversize, plan = options
     rest = (*geometry, scale, 0.0, oversize, plan)
-    along_q = None if tq is None else na_qk(_dense(tq), k, None, extra, *rest)
+    along_q = None if tq is None else na_qk(with_unit_last_stride(tq), k, None, extra, *rest)
     if tk is None and t_bias is None and t_extra is None:
         return along_q
-    along_k = na_qk(q, _dense(_or_zeros(tk, k)), t_bias, _dense(_or_zeros(t_extra, extra)), *rest)
-    return _add(along_q, along_k)
+    along_k = na_qk(q, _direction(tk, k), t_bias, _direction(t_extra, extra), *rest)
+    return add(along_q, along_k)
 
 
 class Qk:
@@ -61,15 +43,15 @@ class Qk:
     @staticmethod
     def setup_context(ctx, inputs, output):
         *geometry_and_scale, _, oversize, plan = inputs[4:]
-        _save(ctx, inputs[:4], (*geometry_and_scale, oversize, plan))
+        save(ctx, inputs[:4], (*geometry_and_scale, oversize, plan))
 
     @staticmethod
     def backward(ctx, dattn):
         if dattn is None:
             return (None,) * 12
         x = ctx.saved_tensors
-        gradients = na_qk_bwd(_dense(dattn), *x, *ctx.options)
-        return *_present(gradients, x), *(None,) * 8
+        gradients = na_qk_bwd(with_unit_last_stride(dattn), *x, *ctx.options)
+        return *present(gradients, x), *(None,) * 8
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -82,12 +64,12 @@ class QkBackward:
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _save(ctx, inputs[:5], inputs[5:])
+        save(ctx, inputs[:5], inputs[5:])
 
     @staticmethod
     def backward(ctx, *cotangents):
         dattn, q, k, bias, extra = ctx.saved_tensors
-        t = _present(cotangents, (q, k, bias, extra))
+        t = present(cotangents, (q, k, bias, extra))
         g_dattn = _scores_along((q, k, extra), t, ctx.options)
         return g_dattn, *QkBackward._along(ctx, t), *(None,) * 7
 
@@ -96,7 +78,7 @@ class QkBackward:
         dattn, *x = ctx.saved_tensors
         sums = QkBackward._along(ctx, tangents[:4])
         if t_dattn is not None:
-            sums = tuple(map(_add, _present(na_qk_bwd(_dense(t_dattn), *x, *ctx.options), x), sums))
+            sums = tuple(map(add, present(na_qk_bwd(with_unit_last_stride(t_dattn), *x, *ctx.options), x), sums))
         return tuple(dattn.new_zeros(0 if y is None else y.shape) if g is None else g for y, g in zip(x, sums))
 
     @staticmethod
@@ -105,7 +87,7 @@ class QkBackward:
         dattn, q, k, _, extra = ctx.saved_tensors
         if t[0] is None and t[1] is None and t[3] is None:
             return None, None, None, None
-        directions = [_dense(_or_zeros(y, like)) for y, like in ((t[0], q), (t[1], k), (t[3], extra))]
+        directions = [_direction(y, like) for y, like in ((t[0], q), (t[1], k), (t[3], extra))]
         gq, gk, _, g_extra = na_qk_bwd(dattn, *directions[:2], None, directions[2], *ctx.options)
         return gq, gk, None, None if extra is None else g_extra
 
@@ -115,14 +97,14 @@ class Av:
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _save(ctx, inputs[:3], inputs[3:])
+        save(ctx, inputs[:3], inputs[3:])
 
     @staticmethod
     def backward(ctx, dout):
         if dout is None:
             return (None,) * 9
         x = ctx.saved_tensors
-        return *_present(na_av_bwd(_dense(dout), *x, *ctx.options), x), *(None,) * 6
+        return *present(na_av_bwd(with_unit_last_stride(dout), *x, *ctx.options), x), *(None,) * 6
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -133,10 +115,13 @@ def _values_along(x, directions, options):
     """The derivative of av(attn, v, extra_v) along `directions`."""
     attn, v, extra = x
     t_attn, tv, t_extra = directions
-    along_attn = None if t_attn is None else na_av(_dense(t_attn), v, extra, *options)
+    along_attn = None if t_attn is None else na_av(with_unit_last_stride(t_attn), v, extra, *options)
     if tv is None and t_extra is None:
         return along_attn
-    return _add(along_attn, na_av(attn, _dense(_or_zeros(tv, v)), _dense(_or_zeros(t_extra, extra)), *options))
+    return add(
+        along_attn,
+        na_av(attn, _direction(tv, v), _direction(t_extra, extra), *options),
+    )
 
 
 class AvBackward:
@@ -144,12 +129,12 @@ class AvBackward:
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _save(ctx, inputs[:4], inputs[4:])
+        save(ctx, inputs[:4], inputs[4:])
 
     @staticmethod
     def backward(ctx, *cotangents):
         dout, *x = ctx.saved_tensors
-        t = _present(cotangents, x)
+        t = present(cotangents, x)
         return _values_along(x, t, ctx.options), *AvBackward._along(ctx, t), *(None,) * 6
 
     @staticmethod
@@ -157,7 +142,7 @@ class AvBackward:
         _, *x = ctx.saved_tensors
         sums = AvBackward._along(ctx, tangents[:3])
         if t_dout is not None:
-            sums = tuple(map(_add, _present(na_av_bwd(_dense(t_dout), *x, *ctx.options), x), sums))
+            sums = tuple(map(add, present(na_av_bwd(with_unit_last_stride(t_dout), *x, *ctx.options), x), sums))
         return tuple(x[0].new_zeros(0 if y is None else y.shape) if g is None else g for y, g in zip(x, sums))
 
     @staticmethod
@@ -166,8 +151,8 @@ class AvBackward:
         dout, *x = ctx.saved_tensors
         if all(y is None for y in t):
             return None, None, None
-        directions = [_dense(_or_zeros(y, like)) for y, like in zip(t, x)]
-        return _present(na_av_bwd(dout, *directions, *ctx.options), x)
+        directions = [_direction(y, like) for y, like in zip(t, x)]
+        return present(na_av_bwd(dout, *directions, *ctx.options), x)
 
 
 def _fake_qk(q, k, bias, extra_k, window, *options):

@@ -16,7 +16,7 @@ from . import _arguments as args
 from . import _legacy, _tuning, context
 from ._errors import WrongType, translated
 from ._geometry import geometry_of
-from ._ops import na_fwd, with_unit_last_stride
+from ._ops import na_fwd
 from ._varlen import attend_nothing, attend_samples, sample_bounds
 from .merge import merge_attentions
 from .unfused import attend, na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
@@ -198,9 +198,8 @@ def _checked_tensors(name, rank, query, key, value, extra_k, extra_v, rpb):
     if rpb is not None:
         rpb = rpb.to(query.dtype)
         args.tensors_agree(name, ("query", query), ("rpb", rpb))
-    if extra_k is not None:
-        extra_k, extra_v = with_unit_last_stride(extra_k), with_unit_last_stride(extra_v)
-    return *map(with_unit_last_stride, (query, key, value)), rpb, extra_k, extra_v
+    query, key, value, extra_k, extra_v = map(args.with_unit_last_stride, (query, key, value, extra_k, extra_v))
+    return query, key, value, rpb, extra_k, extra_v
 
 
 def _run(tensors, options, backend):
@@ -288,7 +287,7 @@ def attention(
     args.tensors_agree("attention", ("query", query), ("key", key), ("value", value))
     args.same_sizes("attention", ("query", "key"), query, key, (("batch", 0), ("head_dim", -1)))
     args.same_sizes("attention", ("key", "value"), key, value, (("batch", 0), ("seqlen", 1), ("heads", -2)))
-    query, key, value = map(with_unit_last_stride, (query, key, value))
+    query, key, value = map(args.with_unit_last_stride, (query, key, value))
     scale = args.scale_or_default(scale, query.shape[-1])
     plan = _tuning.plan_of(backend, plan, query.device)
 

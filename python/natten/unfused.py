@@ -17,7 +17,7 @@ from . import context
 from ._errors import translated
 from ._geometry import geometry_of, in_full
 from ._library import KEY_SPANS
-from ._unfused_ops import _dense, na_av, na_qk
+from ._unfused_ops import na_av, na_qk
 
 __all__ = ["indices", "na1d_av", "na1d_qk", "na2d_av", "na2d_qk", "na3d_av", "na3d_qk"]
 
@@ -40,10 +40,10 @@ def _qk(
         args.dense_tensor(
             "rpb", rpb, name, ("heads", *(f"2 * kernel_size - 1 along {axis}" for axis in args.AXES[rank]))
         )
-        rpb = _dense(rpb.to(query.dtype))
+        rpb = args.with_unit_last_stride(rpb.to(query.dtype))
         args.tensors_agree(name, ("query", query), ("rpb", rpb))
     geometry = _geometry(query.shape[2:-1], kernel_size, dilation, is_causal, oversize)
-    tensors = _dense(query), _dense(key), rpb, _dense(extra)
+    tensors = args.with_unit_last_stride(query), args.with_unit_last_stride(key), rpb, args.with_unit_last_stride(extra)
     return _run(na_qk, *tensors, *geometry.axes, 1.0, -math.inf, geometry.may_be_oversize, "")
 
 
@@ -67,7 +67,7 @@ def _av(name, rank, attn, value, kernel_size, dilation=1, additional_values=None
             f"{name} expects attn with {slots} slots, for kernel_size {geometry.axes[0]} and {num_extra} additional "
             f"values, got {attn.shape[-1]}"
         )
-    tensors = _dense(attn), _dense(value), _dense(extra)
+    tensors = args.with_unit_last_stride(attn), args.with_unit_last_stride(value), args.with_unit_last_stride(extra)
     return _run(na_av, *tensors, *geometry.axes, geometry.may_be_oversize, "")
 
 

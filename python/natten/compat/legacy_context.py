@@ -12,45 +12,11 @@ import torch
 
 from . import _library
 from ._arguments import flag
+from ._legacy import TOP_LEVEL
 from .context import AutotunerContext, NattenContext, use_kv_parallelism_in_fused_na
 from .utils.log import get_logger
 
-__all__ = [
-    "disable_autotuner",
-    "disable_gemm_na",
-    "disable_tf32",
-    "disable_tiled_na",
-    "enable_gemm_na",
-    "enable_tf32",
-    "enable_tiled_na",
-    "force_flex_attention",
-    "has_bfloat",
-    "has_cuda",
-    "has_fna",
-    "has_fp32_gemm",
-    "has_fp64_gemm",
-    "has_fused_na",
-    "has_gemm",
-    "has_half",
-    "has_tf32_gemm",
-    "is_autotuner_enabled",
-    "is_autotuner_enabled_for_backward",
-    "is_autotuner_enabled_for_forward",
-    "is_autotuner_thorough_for_backward",
-    "is_autotuner_thorough_for_forward",
-    "is_fna_enabled",
-    "is_fused_na_enabled",
-    "is_gemm_na_enabled",
-    "is_tf32_in_gemm_na_enabled",
-    "is_tiled_na_enabled",
-    "use_autotuner",
-    "use_flex_attention",
-    "use_fna",
-    "use_fused_na",
-    "use_gemm_na",
-    "use_tf32_in_gemm_na",
-    "use_tiled_na",
-]
+__all__ = list(TOP_LEVEL["legacy_context"])
 
 
 _log = get_logger("natten.context")
