@@ -132,8 +132,9 @@ class _NeighborhoodAttention(nn.Module):
         oversize = context.resolve_oversize(self.oversize, self._default_oversize)
         if oversize == "pad":
             x = self._padded(x)
-        # NOTE: views of one packed tensor: the engines read them in place.
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        # NOTE: views of one packed tensor: the engines read them in place. Not by unflatten, which Dynamo of torch 2.11
+        # cannot trace under torch.set_default_device.
+        q, k, v = self.qkv(x).reshape(*x.shape[:-1], 3, self.num_heads, self.head_dim).unbind(-3)
         out = self._attend(q, k, v, oversize).flatten(-2)
         for i, n in enumerate(grid):
             if out.shape[i + 1] != n:

@@ -217,12 +217,13 @@ def indices(grid, kernel_size, *, stride=1, dilation=1, is_causal=False):
     if rank not in args.AXES:
         raise ValueError(f"the grid must have 1 to 3 axes, got {rank}")
     window, *parameters = in_full(*geometry_of((1, *grid, 1, 1), kernel_size, stride, dilation, is_causal).axes)
-    used, keys = torch.ones((), dtype=torch.bool), []
+    cpu = torch.device("cpu")  # whatever the default is
+    used, keys = torch.ones((), dtype=torch.bool, device=cpu), []
     for axis, (n, *axis_parameters) in enumerate(zip(grid, window, *parameters)):
         shape = [1] * 2 * rank
         shape[axis], shape[rank + axis] = n, window[axis]
-        spans, slot = KEY_SPANS(n, *axis_parameters), torch.arange(window[axis])
+        spans, slot = KEY_SPANS(n, *axis_parameters), torch.arange(window[axis], device=cpu)
         keys.append((spans[:, :1] + axis_parameters[2] * slot).reshape(shape))
         used = used & (slot < spans[:, 1:]).reshape(shape)
-    coordinates = torch.stack(torch.broadcast_tensors(*keys), -1).where(used[..., None], torch.tensor(-1))
+    coordinates = torch.stack(torch.broadcast_tensors(*keys), -1).where(used[..., None], torch.tensor(-1, device=cpu))
     return coordinates.reshape(*grid, math.prod(window), rank)

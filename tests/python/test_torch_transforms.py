@@ -153,6 +153,7 @@ TRANSFORMS = {
 def test_compiled_transforms(name):
     torch.compiler.reset()
     function, exactly, primals = leaves_of(CASES[1])
+    torch.set_default_device(None)  # Dynamo of torch 2.11 cannot trace torch.func.hessian with one
     compiled = torch.compile(TRANSFORMS[name](function, len(primals)), fullgraph=True, backend="aot_eager")
     assert_close(compiled(*primals), TRANSFORMS[name](exactly, len(primals))(*primals))
 
@@ -194,8 +195,11 @@ def test_derivatives_of_a_module(rank):
     def run(x, *parameters):
         return functional_call(module, dict(zip(names, parameters)), (x,))
 
-    assert torch.autograd.gradcheck(run, (x, *leaves), check_forward_ad=True, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(run, (x, *leaves))
+    # NOTE: cuBLAS, which runs the linear layers, does not repeat its bits.
+    assert torch.autograd.gradcheck(
+        run, (x, *leaves), check_forward_ad=True, check_batched_grad=True, nondet_tol=1e-12
+    )
+    assert torch.autograd.gradgradcheck(run, (x, *leaves), nondet_tol=1e-12)
 
 
 def test_jacobian_of_a_module():

@@ -90,6 +90,9 @@ void set_units(const Problem& p, const Axis& y, const Axis& x, WindowParams& par
   params.by_tiles_x = FastDiv(t.tiles_x), params.by_tiles_y = FastDiv(t.tiles_y);
   params.by_rows = FastDiv(t.rows);
   params.by_octets = FastDiv(params.octets()), params.by_unit_warps = FastDiv(params.octets() * t.row_pairs);
+  const int row_threads = t.pitch * 4, threads = params.threads() / t.units;  // see RowLoader
+  params.by_row_threads = FastDiv(row_threads);
+  params.rows_at_once = std::max(threads / row_threads, 1), params.row_parts = detail::ceil_div(row_threads, threads);
 }
 
 Plane plane(const TensorView& t) {

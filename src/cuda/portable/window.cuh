@@ -65,82 +65,56 @@ __device__ __forceinline__ Unit decode_unit(const WindowParams& p, int index) {
   return u;
 }
 
+/// A plane's tensor of one sample and head. Indices and strides are not negative: cheap multiplications.
+template <class T>
+__device__ __forceinline__ T* plane_base(const Plane& t, uint32_t batch, uint32_t z, uint32_t head) {
+  return static_cast<T*>(t.ptr) + (uint64_t(t.batch) * batch + uint64_t(t.z) * z + uint64_t(t.head) * head);
+}
+
+/// Tokens of a tensor below each other, in a unit, from one of their channels on.
+template <class T>
+struct Column {
+  T* first;
+  int row;  // elements from one to the next
+
+  __device__ __forceinline__ Column(const WindowParams& p, const Plane& t, int batch, int z, const Unit& u, int x,
+                                    int channel = 0)
+      : first(ptx::opaque(plane_base<T>(t, batch, z, u.head) + u.offset(t, p, u.y0, x) + channel)),
+        row(p.y.dilation * t.y) {}
+  __device__ __forceinline__ T* at(int y) const { return first + y * row; }
+};
+
 /// Where a thread stands in its block.
 struct Place {
-  int lane, warp, warps, g, t;
+  int lane, g, t;
   int unit, row_pair, x;  // of the warp: unit of the block, first row pair, first column of its octet
+  int thread, threads;    // of those that share the unit
 
   __device__ explicit Place(const WindowParams& p) {
-    lane = threadIdx.x % 32;
-    warp = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);  // uniform, and the compiler knows
-    warps = blockDim.x / 32;
-    g = lane / 4, t = lane % 4;
-    int rest = warp;
+    lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int rest = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);  // uniform, and the compiler knows
     unit = p.by_unit_warps.split(rest);
+    threads = p.by_unit_warps.divisor * 32, thread = rest * 32 + lane;
     row_pair = p.by_octets.split(rest);
     x = rest * 8;
   }
 };
 
-/// A plane's tensor of one sample and head.
-template <class T>
-__device__ __forceinline__ T* plane_base(const Plane& t, int64_t batch, int z, int head) {
-  return static_cast<T*>(t.ptr) + batch * t.batch + z * t.z + head * t.head;
+__device__ __forceinline__ void fill_zero(const Place& at, uint32_t to, int bytes) {
+  for (int i = at.thread * 16; i < bytes; i += at.threads * 16) ptx::store_shared_128(to + i, uint4{0, 0, 0, 0});
 }
 
-/// One tensor's rows as the loader sees them: byte offsets from the first key of the box.
-struct RowSource {
-  const char* base;
-  uint32_t row, column, first, last;  // bytes per row and per 8 columns; this lane's first and the last column's
-
-  template <class T>
-  __device__ __forceinline__ RowSource(const T* plane, const Plane& t, const WindowParams& p, const Unit& u,
-                                       int column0, int chunk)
-      : base(reinterpret_cast<const char*>(plane + u.offset(t, p, u.box_y.begin, u.box_x.begin))) {
-    const int step = p.x.dilation * t.x;
-    row = p.y.dilation * t.y * 2, column = step * 16;
-    first = (column0 * step + chunk * 8) * 2, last = ((u.box_x.size() - 1) * step + chunk * 8) * 2;
-  }
-};
-
-/// Rows [begin, end) of a unit's box, of two tensors, to shared memory (kRing: modulo the rows that there are).
-/// NOTE: columns and rows past the box repeat its last ones: always finite where the tensor is, and no predicates.
-template <int kHeadDim, bool kRing>
-__device__ __forceinline__ void load_rows(const WindowParams& p, const Place& at, const RowSource& a,
-                                          const RowSource& b, uint32_t to_a, uint32_t to_b, int begin, int end,
-                                          int box_rows) {
-  constexpr int kChunks = kHeadDim / 8, kKeyBytes = kHeadDim * 2;
-  const int column0 = at.lane / kChunks, chunk = at.lane % kChunks;
-  const uint32_t lane_to = column0 * kKeyBytes + ((chunk ^ chunk_swizzle<kHeadDim>(column0)) << 4);
-  const uint32_t row_bytes = p.tiling.pitch * kKeyBytes;
-  for (int row = begin + at.warp; row < end; row += at.warps) {
-    int slot = row;
-    if (kRing) p.by_rows.split(slot);
-    const int from = detail::min(row, box_rows - 1);
-    const char *row_a = a.base + size_t(from) * a.row, *row_b = b.base + size_t(from) * b.row;
-    uint32_t from_a = a.first, from_b = b.first, to = lane_to + slot * row_bytes;
-#pragma unroll 1
-    for (int block = 0; block < p.tiling.pitch; block += 8) {
-      ptx::cp_async_16(to_a + to, row_a + detail::min(from_a, a.last));
-      ptx::cp_async_16(to_b + to, row_b + detail::min(from_b, b.last));
-      if (kHeadDim == 64) {  // a warp's lanes hold 4 keys at a time
-        const uint32_t next = (to + 4 * kKeyBytes) ^ 32;
-        ptx::cp_async_16(to_a + next, row_a + detail::min(from_a + a.column / 2, a.last));
-        ptx::cp_async_16(to_b + next, row_b + detail::min(from_b + b.column / 2, b.last));
-      }
-      from_a += a.column, from_b += b.column, to += 8 * kKeyBytes;
-    }
-  }
+/// A step reads up to kTailKeys rows of shared memory behind those of a unit: zeros, or the next unit's. The first that
+/// this unit has to set to zero, or -1.
+__device__ __forceinline__ int first_of_tail(const WindowParams& p, const Place& at, const Unit& u) {
+  if (u.ny == 0) return 0;
+  return at.unit + 1 == p.tiling.units ? p.tiling.rows * p.tiling.pitch : -1;
 }
 
-__device__ __forceinline__ void fill_zero(uint32_t to, int bytes) {
-  for (int i = threadIdx.x * 16; i < bytes; i += blockDim.x * 16) ptx::store_shared_128(to + i, uint4{0, 0, 0, 0});
-}
-
-/// The spans of a unit's rows, relative to its box, for everybody.
+/// The spans of a unit's rows, relative to its box, for all of its threads.
 template <bool kOfKeys>
-__device__ __forceinline__ void fill_row_spans(uint32_t to, const Unit& u) {
-  for (int i = threadIdx.x; i < u.ny; i += blockDim.x) {
+__device__ __forceinline__ void fill_row_spans(const Place& at, uint32_t to, const Unit& u) {
+  for (int i = at.thread; i < u.ny; i += at.threads) {
     const Span s = seen_from<kOfKeys>(u.y, u.y0 + i);
     ptx::store_shared_32(to + i * 8, s.begin - u.box_y.begin);
     ptx::store_shared_32(to + i * 8 + 4, s.end - u.box_y.begin);
@@ -274,12 +248,16 @@ __device__ __forceinline__ uint32_t without_nonfinite(uint32_t word) {
          (is_nonfinite_half<T>(word >> 16) ? 0 : word & 0xffff0000);
 }
 
-/// acc * factor of rows 0 and 1 (if they exist) of a tile to memory; `to` is this lane's column of row 0.
+/// The first channel that a lane stores.
+__device__ __forceinline__ int stored_channel(const Place& at) { return at.t % 2 * 8 + at.t / 2 * 4; }
+
+/// acc * factor of rows 0 and 1 (if they exist) of a tile to memory; `to` is this lane's column of row 0, from
+/// `stored_channel` on.
 /// NOTE: one shuffle turns pairs of channels into fours, so every 8-byte store of the warp fills whole 32-byte sectors.
 template <class T, int kHeadDim>
 __device__ __forceinline__ void store_tile(T* to, int row_stride, const Place& at, const float (&acc)[kHeadDim / 8][4],
                                            float factor0, float factor1, bool has_column, bool has_second) {
-  to += at.t % 2 * 8 + at.t / 2 * 4;
+  T* second = ptx::opaque(to + row_stride);
   const auto exchange = [&](uint32_t& a, uint32_t& b) {
     const bool odd = at.t % 2;
     const uint32_t other = __shfl_xor_sync(~0u, odd ? a : b, 1);
@@ -293,7 +271,7 @@ __device__ __forceinline__ void store_tile(T* to, int row_stride, const Place& a
     uint32_t d = ptx::pack<T>(acc[n + 1][2] * factor1, acc[n + 1][3] * factor1);
     exchange(a, b), exchange(c, d);
     if (has_column) ptx::store_global_64(to + n * 8, a, b);
-    if (has_column && has_second) ptx::store_global_64(to + row_stride + n * 8, c, d);
+    if (has_column && has_second) ptx::store_global_64(second + n * 8, c, d);
   }
 }
 

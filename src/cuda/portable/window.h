@@ -45,6 +45,8 @@ struct WindowParams {
   int units_per_plane = 0, blocks_per_plane = 0;
   int64_t num_blocks = 0;
   FastDiv by_blocks, by_z, by_heads, by_groups_x, by_tiles_x, by_tiles_y, by_rows, by_octets, by_unit_warps;
+  FastDiv by_row_threads;               ///< threads that load a row of the other side
+  int rows_at_once = 1, row_parts = 1;  ///< rows that the threads of a unit load in a pass, or passes of a row
   float scale = 1, scale_log2 = 1;
   uint32_t zero = 0;  ///< 0, unknown to the compiler: see ptx::opaque
   float zero_float = 0;

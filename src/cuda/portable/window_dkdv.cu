@@ -3,7 +3,7 @@
 // and their statistics; a warp's tile of 2 x 8 keys walks over them: S = K Q^T, dV += P dO, dK += dS Q. Keys at a
 // border are seen by more rows and columns than others: only loop bounds. Nobody else writes these rows.
 #include "cuda/launch.h"
-#include "cuda/portable/window.cuh"
+#include "cuda/portable/row_loader.cuh"
 #include "cuda/portable/window_dispatch.cuh"
 #include "cuda/portable/window_stats.cuh"
 
@@ -125,8 +125,7 @@ struct WindowDKDVBlock {
 
   const WindowParams& p;
   const Place at;
-  int64_t batch;
-  int z;
+  int batch, z;
   Unit unit;  // of this warp
   uint32_t shared_q, shared_dout, stats, spans;
 
@@ -134,55 +133,47 @@ struct WindowDKDVBlock {
     const WindowTiling& t = p.tiling;
     int block = blockIdx.x, plane = p.by_blocks.split(block);
     batch = p.by_z.split(plane), z = plane;
-    const int queries = t.rows * t.pitch, all = t.units * queries;
-    shared_q = shared, shared_dout = shared_q + (all + kTailKeys) * kRowBytes;
-    stats = shared_dout + (all + kTailKeys) * kRowBytes, spans = stats + (all + kTailKeys) * 16;
-    for (int i = 0; i < t.units; ++i) {
-      const Unit u = decode_unit<true>(p, block * t.units + i);
-      const int first = i * queries;
-      if (u.ny > 0) {
-        load(u, first);
-        fill_row_spans<true>(spans + i * t.tile_y * 8, u);
-        const int size = u.box_y.size(), behind = detail::min(kTailKeys, (t.rows - size) * t.pitch);
-        fill_zero(stats + (first + size * t.pitch) * 16, behind * 16);  // not into the next unit
-      } else {
-        fill_tail(first);
-      }
-      if (i == at.unit) unit = u;
+    const int queries = t.rows * t.pitch, all = t.units * queries, first = at.unit * queries;
+    unit = decode_unit<true>(p, block * t.units + at.unit);
+    shared_q = shared + first * kRowBytes, shared_dout = shared_q + (all + kTailKeys) * kRowBytes;
+    stats = shared + (all + kTailKeys) * (2 * kRowBytes) + first * 16;
+    spans = shared + (all + kTailKeys) * (2 * kRowBytes + 16) + at.unit * t.tile_y * 8;
+    if (unit.ny > 0) {
+      load_box<kHeadDim>(p, at, unit, p.q, plane_base<const T>(p.q, batch, z, unit.head), p.dout,
+                         plane_base<const T>(p.dout, batch, z, unit.head), shared_q, shared_dout);
+      load_stats();
+      fill_row_spans<true>(at, spans, unit);
     }
     ptx::cp_async_commit();
-    fill_tail(all);
-    spans += at.unit * t.tile_y * 8;
+    const int tail = first_of_tail(p, at, unit);
+    if (tail < 0) return;
+    fill_zero(at, shared_q + tail * kRowBytes, kTailKeys * kRowBytes);
+    fill_zero(at, shared_dout + tail * kRowBytes, kTailKeys * kRowBytes);
+    fill_zero(at, stats + tail * 16, kTailKeys * 16);
   }
 
-  __device__ __forceinline__ void fill_tail(int query) const {
-    fill_zero(shared_q + query * kRowBytes, kTailKeys * kRowBytes);
-    fill_zero(shared_dout + query * kRowBytes, kTailKeys * kRowBytes);
-    fill_zero(stats + query * 16, kTailKeys * 16);
-  }
-
-  __device__ __forceinline__ void load(const Unit& u, int first) const {
-    constexpr int kChunks = kHeadDim / 8;
-    const int column = at.lane / kChunks, chunk = at.lane % kChunks, pitch = p.tiling.pitch;
-    const RowSource q(plane_base<const T>(p.q, batch, z, u.head), p.q, p, u, column, chunk);
-    const RowSource dout(plane_base<const T>(p.dout, batch, z, u.head), p.dout, p, u, column, chunk);
-    load_rows<kHeadDim, false>(p, at, q, dout, shared_q + first * kRowBytes, shared_dout + first * kRowBytes, 0,
-                               p.tiling.rows, u.box_y.size());
-    const uint4* from = plane_base<const uint4>(p.stats, batch, z, u.head);
-    for (int row = at.warp; row < u.box_y.size(); row += at.warps)
-      for (int c = at.lane; c < pitch; c += 32) {
-        const int x = u.box_x.begin + detail::min(c, u.box_x.size() - 1);
-        ptx::cp_async_16(stats + (first + row * pitch + c) * 16, from + u.offset(p.stats, p, u.box_y.begin + row, x));
-      }
+  /// Zeros behind the last row, but not into the next unit.
+  __device__ __forceinline__ void load_stats() const {
+    const int pitch = p.tiling.pitch, rows = unit.box_y.size(), row_stats = p.y.dilation * p.stats.y;
+    const uint4* base = plane_base<const uint4>(p.stats, batch, z, unit.head);
+#pragma unroll 1
+    for (int c = at.lane; c < pitch; c += 32) {
+      const int x = unit.box_x.begin + detail::min(c, unit.box_x.size() - 1);
+      const uint4* from = ptx::opaque(base + unit.offset(p.stats, p, unit.box_y.begin, x));
+#pragma unroll 1
+      for (int row = at.thread / 32; row < rows; row += at.threads / 32)
+        ptx::cp_async_16(stats + (row * pitch + c) * 16, from + row * row_stats);
+    }
+    fill_zero(at, stats + rows * pitch * 16, detail::min(kTailKeys, (p.tiling.rows - rows) * pitch) * 16);
   }
 
   /// A fragments of the tile's two rows.
-  __device__ __forceinline__ void load_fragments(uint32_t (&a)[kHeadDim / 16][4], const Plane& t, int y, int x) const {
+  __device__ __forceinline__ void load_fragments(uint32_t (&a)[kHeadDim / 16][4], const Column<const T>& of,
+                                                 int y) const {
     uint4 words[2][kWords];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = unit.y0 + detail::min(y + i, unit.ny - 1);
-      const T* from = plane_base<const T>(t, batch, z, unit.head) + unit.offset(t, p, row, x) + at.t * 8;
+      const T* from = of.at(detail::min(y + i, unit.ny - 1));
 #pragma unroll
       for (int w = 0; w < kWords; ++w) words[i][w] = ptx::load_global_128(from + w * 32);
     }
@@ -199,23 +190,22 @@ struct WindowDKDVBlock {
     tile.weights = SplitWeights<T>::fragment(at.t);
     tile.to_dout = shared_dout - shared_q;
     tile.row_bytes = p.tiling.pitch * kRowBytes, tile.row_stats = p.tiling.pitch * 16;
-    const int column = at.unit * p.tiling.rows * p.tiling.pitch + first - unit.box_x.begin;
+    const int column = first - unit.box_x.begin;
+    const Column<const T> k(p, p.k, batch, z, unit, x, at.t * 8), v(p, p.v, batch, z, unit, x, at.t * 8);
+    const Column<T> dk(p, p.dk, batch, z, unit, x, stored_channel(at));
+    const Column<T> dv(p, p.dv, batch, z, unit, x, stored_channel(at));
     for (int y = at.row_pair * 2; y < unit.ny; y += step) {
       const bool has_second = y + 1 < unit.ny;
-      load_fragments(tile.k, p.k, y, x), load_fragments(tile.v, p.v, y, x);
+      load_fragments(tile.k, k, y), load_fragments(tile.v, v, y);
       const RowPair rows(spans, y, has_second);
       tile.attend(shared_q + rows.first_row * tile.row_bytes, stats + rows.first_row * tile.row_stats, rows, column,
                   columns, mine);
-      store(p.dk, tile.acc_dk, p.scale, y, x, has_column, has_second);
-      store(p.dv, tile.acc_dv, 1.0f, y, x, has_column, has_second);
+      const auto store = [&](const Column<T>& to, const float(&acc)[kHeadDim / 8][4], float factor) {
+        store_tile<T, kHeadDim>(to.at(y), to.row, at, acc, factor, factor, has_column, has_second);
+      };
+      if (p.dk.ptr) store(dk, tile.acc_dk, p.scale);
+      if (p.dv.ptr) store(dv, tile.acc_dv, 1.0f);
     }
-  }
-
-  __device__ __forceinline__ void store(const Plane& t, const float (&acc)[kHeadDim / 8][4], float factor, int y, int x,
-                                        bool has_column, bool has_second) const {
-    if (!t.ptr) return;
-    T* to = plane_base<T>(t, batch, z, unit.head) + unit.offset(t, p, unit.y0 + y, x);
-    store_tile<T, kHeadDim>(to, p.y.dilation * t.y, at, acc, factor, factor, has_column, has_second);
   }
 };
 

@@ -5,7 +5,7 @@
 // S = Q K^T, dP - delta = dO V^T - delta (delta is the addend of the product), dS = exp2(S - lse) * (dP - delta),
 // dQ += dS K. delta = rowsum(dO * O) - dlse comes from the tile's own rows.
 #include "cuda/launch.h"
-#include "cuda/portable/window.cuh"
+#include "cuda/portable/row_loader.cuh"
 #include "cuda/portable/window_dispatch.cuh"
 #include "cuda/portable/window_stats.cuh"
 
@@ -96,8 +96,7 @@ struct WindowDQBlock {
 
   const WindowParams& p;
   const Place at;
-  int64_t batch;
-  int z;
+  int batch, z;
   Unit unit;  // of this warp
   uint32_t shared_k, shared_v, spans;
 
@@ -105,32 +104,20 @@ struct WindowDQBlock {
     const WindowTiling& t = p.tiling;
     int block = blockIdx.x, plane = p.by_blocks.split(block);
     batch = p.by_z.split(plane), z = plane;
-    const int keys = t.rows * t.pitch;
-    shared_k = shared, shared_v = shared_k + (t.units * keys + kTailKeys) * kKeyBytes;
-    spans = shared_v + (t.units * keys + kTailKeys) * kKeyBytes;
-    for (int i = 0; i < t.units; ++i) {
-      const Unit u = decode_unit<false>(p, block * t.units + i);
-      const uint32_t offset = i * keys * kKeyBytes;
-      if (u.ny > 0) {
-        load(u, offset);
-        fill_row_spans<false>(spans + i * t.tile_y * 8, u);
-      } else {
-        fill_zero(shared_k + offset, kTailKeys * kKeyBytes), fill_zero(shared_v + offset, kTailKeys * kKeyBytes);
-      }
-      if (i == at.unit) unit = u;
+    const int keys = t.rows * t.pitch, all = t.units * keys;
+    unit = decode_unit<false>(p, block * t.units + at.unit);
+    shared_k = shared + at.unit * keys * kKeyBytes, shared_v = shared_k + (all + kTailKeys) * kKeyBytes;
+    spans = shared + 2 * (all + kTailKeys) * kKeyBytes + at.unit * t.tile_y * 8;
+    if (unit.ny > 0) {
+      load_box<kHeadDim>(p, at, unit, p.k, plane_base<const T>(p.k, batch, z, unit.head), p.v,
+                         plane_base<const T>(p.v, batch, z, unit.head), shared_k, shared_v);
+      fill_row_spans<false>(at, spans, unit);
     }
     ptx::cp_async_commit();
-    fill_zero(shared_k + t.units * keys * kKeyBytes, kTailKeys * kKeyBytes);
-    fill_zero(shared_v + t.units * keys * kKeyBytes, kTailKeys * kKeyBytes);
-    spans += at.unit * t.tile_y * 8;
-  }
-
-  __device__ __forceinline__ void load(const Unit& u, uint32_t offset) const {
-    constexpr int kChunks = kHeadDim / 8;
-    const int column = at.lane / kChunks, chunk = at.lane % kChunks;
-    const RowSource k(plane_base<const T>(p.k, batch, z, u.head), p.k, p, u, column, chunk);
-    const RowSource v(plane_base<const T>(p.v, batch, z, u.head), p.v, p, u, column, chunk);
-    load_rows<kHeadDim, false>(p, at, k, v, shared_k + offset, shared_v + offset, 0, p.tiling.rows, u.box_y.size());
+    const int tail = first_of_tail(p, at, unit);
+    if (tail < 0) return;
+    fill_zero(at, shared_k + tail * kKeyBytes, kTailKeys * kKeyBytes);
+    fill_zero(at, shared_v + tail * kKeyBytes, kTailKeys * kKeyBytes);
   }
 
   /// What a tile's two rows bring along, 16 bytes of each row per lane.
@@ -139,23 +126,25 @@ struct WindowDQBlock {
     float lse[2], dlse[2];
   };
 
-  __device__ __forceinline__ Loaded load_tile(int y, int x) const {
+  /// The tensors that a lane reads, at its column.
+  struct Columns {
+    Column<const T> q, dout, out;
+    Column<const float> lse, dlse;
+  };
+
+  __device__ __forceinline__ Loaded load_tile(const Columns& of, int y) const {
     Loaded l;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = unit.y0 + detail::min(y + i, unit.ny - 1);
-      const T* q = plane_base<const T>(p.q, batch, z, unit.head) + unit.offset(p.q, p, row, x) + at.t * 8;
-      const T* dout = plane_base<const T>(p.dout, batch, z, unit.head) + unit.offset(p.dout, p, row, x) + at.t * 8;
-      const T* out = plane_base<const T>(p.out, batch, z, unit.head) + unit.offset(p.out, p, row, x) + at.t * 8;
+      const int row = detail::min(y + i, unit.ny - 1);
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
-        l.q[i][w] = ptx::load_global_128(q + w * 32), l.dout[i][w] = ptx::load_global_128(dout + w * 32);
-        l.out[i][w] = ptx::load_global_128(out + w * 32);
+        l.q[i][w] = ptx::load_global_128(of.q.at(row) + w * 32);
+        l.dout[i][w] = ptx::load_global_128(of.dout.at(row) + w * 32);
+        l.out[i][w] = ptx::load_global_128(of.out.at(row) + w * 32);
       }
-      l.lse[i] = *(plane_base<const float>(p.lse, batch, z, unit.head) + unit.offset(p.lse, p, row, x));
-      l.dlse[i] = 0;
-      if (p.dlse.ptr)
-        l.dlse[i] = *(plane_base<const float>(p.dlse, batch, z, unit.head) + unit.offset(p.dlse, p, row, x));
+      l.lse[i] = ptx::load_global_32(of.lse.at(row));
+      l.dlse[i] = p.dlse.ptr ? ptx::load_global_32(of.dlse.at(row)) : 0.0f;
     }
     return l;
   }
@@ -166,20 +155,25 @@ struct WindowDQBlock {
     const Span first = seen_from<false>(unit.x, unit.x0 + at.x), mine = seen_from<false>(unit.x, x);
     WindowDQ<T, kHeadDim, kOctets> tile(p, at);
     column_mask<kOctets>(tile.mask, p, at, {mine.begin - first.begin, mine.end - first.begin});
-    const LaneAddresses<kHeadDim, kOctets> lane(
-        at, at.unit * p.tiling.rows * p.tiling.pitch + first.begin - unit.box_x.begin);
+    const LaneAddresses<kHeadDim, kOctets> lane(at, first.begin - unit.box_x.begin);
     tile.lane_row = shared_k + lane.row, tile.lane_transposed = shared_k + lane.transposed;
     tile.to_v = shared_v - shared_k, tile.row_bytes = p.tiling.pitch * kKeyBytes;
+    const Columns columns{{p, p.q, batch, z, unit, x, at.t * 8},
+                          {p, p.dout, batch, z, unit, x, at.t * 8},
+                          {p, p.out, batch, z, unit, x, at.t * 8},
+                          {p, p.lse, batch, z, unit, x},
+                          {p, p.dlse, batch, z, unit, x}};
+    const Column<T> dq(p, p.dq, batch, z, unit, x, stored_channel(at));
+    const Column<uint4> stats(p, p.stats, batch, z, unit, x);
     for (int y = at.row_pair * 2; y < unit.ny; y += step) {
       const bool has_second = y + 1 < unit.ny;
-      const Loaded l = load_tile(y, x);
+      const Loaded l = load_tile(columns, y);
       take(tile, l);
-      if (has_column && at.t == 0) store_stats(tile, y, x, has_second, l);
+      if (has_column && at.t == 0) store_stats(tile, stats, y, has_second, l);
       const RowPair rows(spans, y, has_second);
       tile.attend(rows.first_row * tile.row_bytes, rows);
       if (!p.dq.ptr) continue;
-      T* dq = plane_base<T>(p.dq, batch, z, unit.head) + unit.offset(p.dq, p, unit.y0 + y, x);
-      store_tile<T, kHeadDim>(dq, p.y.dilation * p.dq.y, at, tile.acc, p.scale, p.scale, has_column, has_second);
+      store_tile<T, kHeadDim>(dq.at(y), dq.row, at, tile.acc, p.scale, p.scale, has_column, has_second);
     }
   }
 
@@ -197,15 +191,14 @@ struct WindowDQBlock {
     }
   }
 
-  __device__ __forceinline__ void store_stats(const WindowDQ<T, kHeadDim, kOctets>& tile, int y, int x, bool has_second,
-                                              const Loaded& l) const {
-    uint4* stats = plane_base<uint4>(p.stats, batch, z, unit.head) + unit.offset(p.stats, p, unit.y0 + y, x);
+  __device__ __forceinline__ void store_stats(const WindowDQ<T, kHeadDim, kOctets>& tile, const Column<uint4>& stats,
+                                              int y, bool has_second, const Loaded& l) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (i == 1 && !has_second) continue;
       const uint2 a = SplitWeights<T>::split(-l.lse[i] / p.scale);
       const uint2 b = SplitWeights<T>::split(tile.minus_delta[2 * i]);
-      ptx::store_global_128(stats + i * p.y.dilation * p.stats.y, uint4{a.x, a.y, b.x, b.y});
+      ptx::store_global_128(stats.at(y + i), uint4{a.x, a.y, b.x, b.y});
     }
   }
 };

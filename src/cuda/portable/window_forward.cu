@@ -6,7 +6,7 @@
 // registers of all scores and all shuffles of a maximum: 30 % more warps per multiprocessor. A half would overflow, so
 // with f16 the maximum comes first, from an extra pass over the keys.
 #include "cuda/launch.h"
-#include "cuda/portable/window.cuh"
+#include "cuda/portable/row_loader.cuh"
 #include "cuda/portable/window_dispatch.cuh"
 
 namespace natten::cuda_portable {
@@ -147,8 +147,8 @@ struct WindowForward {
   }
 
   __device__ __forceinline__ bool is_good(int row) const {
-    const bool in_range = kMaximumFirst ? row_sum[row] == row_sum[row] : row_sum[row] > 1e-20f && row_sum[row] < 1e20f;
-    return in_range && finite_witness(acc_o, row) == 0;
+    const bool in_range = kMaximumFirst ? row_sum[row] == row_sum[row] : (row_sum[row] > 1e-20f) & (row_sum[row] < 1e20f);
+    return in_range & (finite_witness(acc_o, row) == 0);
   }
 
   /// Rows whose sums were good keep their reference and hence their bits.
@@ -210,55 +210,46 @@ struct WindowForwardBlock {
 
   const WindowParams& p;
   const Place at;
-  int64_t batch;
-  int z;
+  int batch, z;
   Unit unit;  // of this warp
   uint32_t shared_k, shared_v, spans;
-  int loaded;  // rows of the ring that are there or on their way
+  RowLoader<kHeadDim, true> ring;
 
   __device__ __forceinline__ WindowForwardBlock(const WindowParams& params, uint32_t shared) : p(params), at(params) {
     const WindowTiling& t = p.tiling;
     int block = blockIdx.x, plane = p.by_blocks.split(block);
     batch = p.by_z.split(plane), z = plane;
-    const int units = kRing ? 1 : t.units, keys = t.rows * t.pitch;
-    shared_k = shared, shared_v = shared_k + (units * keys + kTailKeys) * kKeyBytes;
-    spans = shared_v + (units * keys + kTailKeys) * kKeyBytes;
-    loaded = t.rows;
-    for (int i = 0; i < units; ++i) {
-      const Unit u = decode_unit<false>(p, block * units + i);
-      const uint32_t offset = i * keys * kKeyBytes;
-      if (u.ny > 0) {
-        load(u, shared_k + offset, shared_v + offset, 0, loaded);
-        fill_row_spans<false>(spans + i * t.tile_y * 8, u);
-      } else {
-        fill_zero(shared_k + offset, kTailKeys * kKeyBytes), fill_zero(shared_v + offset, kTailKeys * kKeyBytes);
-      }
-      if (i == at.unit) unit = u;
-    }
+    const int keys = t.rows * t.pitch, all = t.units * keys;
+    unit = decode_unit<false>(p, block * t.units + at.unit);
+    shared_k = shared + at.unit * keys * kKeyBytes, shared_v = shared_k + (all + kTailKeys) * kKeyBytes;
+    spans = shared + 2 * (all + kTailKeys) * kKeyBytes + at.unit * t.tile_y * 8;
+    if (unit.ny > 0) load_rows(), fill_row_spans<false>(at, spans, unit);
     ptx::cp_async_commit();
-    fill_zero(shared_k + units * keys * kKeyBytes, kTailKeys * kKeyBytes);
-    fill_zero(shared_v + units * keys * kKeyBytes, kTailKeys * kKeyBytes);
-    spans += kRing ? 0 : at.unit * t.tile_y * 8;
+    const int tail = first_of_tail(p, at, unit);
+    if (tail < 0) return;
+    fill_zero(at, shared_k + tail * kKeyBytes, kTailKeys * kKeyBytes);
+    fill_zero(at, shared_v + tail * kKeyBytes, kTailKeys * kKeyBytes);
   }
 
-  __device__ __forceinline__ void load(const Unit& u, uint32_t to_k, uint32_t to_v, int begin, int end) const {
-    constexpr int kChunks = kHeadDim / 8;
-    const int head_kv = u.head / p.heads_per_kv, column = at.lane / kChunks, chunk = at.lane % kChunks;
-    const RowSource k(plane_base<const T>(p.k, batch, z, head_kv), p.k, p, u, column, chunk);
-    const RowSource v(plane_base<const T>(p.v, batch, z, head_kv), p.v, p, u, column, chunk);
-    load_rows<kHeadDim, kRing>(p, at, k, v, to_k, to_v, begin, end, u.box_y.size());
+  __device__ __forceinline__ void load_rows() {
+    const T* k = plane_base<const T>(p.k, batch, z, unit.head / p.heads_per_kv);
+    const T* v = plane_base<const T>(p.v, batch, z, unit.head / p.heads_per_kv);
+    if (!kRing) return load_box<kHeadDim>(p, at, unit, p.k, k, p.v, v, shared_k, shared_v);
+    ring = RowLoader<kHeadDim, true>(p, at, unit, p.k, k, p.v, v, shared_k, shared_v);
+    ring.load(p, p.k, p.v, p.tiling.rows);
   }
 
   __device__ __forceinline__ void run() {
     const int step = p.tiling.row_pairs * 2, steps = (unit.ny + step - 1) / step;
     const bool has_octet = at.x < unit.nx, has_column = at.x + at.g < unit.nx;
     const int x = unit.x0 + detail::min(at.x + at.g, unit.nx - 1);
-    const int row_q = p.y.dilation * p.q.y, row_out = p.y.dilation * p.out.y, row_lse = p.y.dilation * p.lse.y;
-    const T* q = plane_base<const T>(p.q, batch, z, unit.head) + unit.offset(p.q, p, unit.y0, x) + at.t * 8;
+    const Column<const T> q(p, p.q, batch, z, unit, x, at.t * 8);
+    const Column<T> out(p, p.out, batch, z, unit, x, stored_channel(at));
+    const Column<float> lse(p, p.lse, batch, z, unit, x);
     uint4 next[2][kWords];
     const auto load_queries = [&](int y) {
-      const T* first = q + y * row_q;
-      const T* second = first + (y + 1 < unit.ny ? row_q : 0);
+      const T* first = q.at(y);
+      const T* second = first + (y + 1 < unit.ny ? q.row : 0);
 #pragma unroll
       for (int i = 0; i < kWords; ++i)
         next[0][i] = ptx::load_global_128(first + i * 32), next[1][i] = ptx::load_global_128(second + i * 32);
@@ -269,18 +260,16 @@ struct WindowForwardBlock {
     const Span mine = seen_from<false>(unit.x, x);
     WindowForward<T, kHeadDim, kOctets, kRing> tile(p, at);
     column_mask<kOctets>(tile.mask, p, at, {mine.begin - first.begin, mine.end - first.begin});
-    const int keys = p.tiling.rows * p.tiling.pitch;
-    const int column = (kRing ? 0 : at.unit * keys) + (has_octet ? first.begin - unit.box_x.begin : 0);
+    const int column = has_octet ? first.begin - unit.box_x.begin : 0;
     const int key = column + at.g, value = column + (kOctets == 2 ? at.lane & 15 : at.lane & 7);
     tile.lane_k = shared_k + key * kKeyBytes + ((at.t ^ chunk_swizzle<kHeadDim>(key)) << 4);
     tile.lane_v = shared_v + value * kKeyBytes + ((at.lane / 16 ^ chunk_swizzle<kHeadDim>(value)) << 4);
-    tile.row_bytes = p.tiling.pitch * kKeyBytes, tile.ring_bytes = keys * kKeyBytes;
+    tile.row_bytes = p.tiling.pitch * kKeyBytes, tile.ring_bytes = p.tiling.rows * tile.row_bytes;
 
     if (!kRing) {
       ptx::cp_async_wait<0>();
       __syncthreads();
     }
-    const int to_out = unit.offset(p.out, p, unit.y0, x), to_lse = unit.offset(p.lse, p, unit.y0, x);
     for (int i = 0; i < steps; ++i) {
       if (kRing) advance_ring(i, steps, step);
       const int y = i * step + at.row_pair * 2;
@@ -292,7 +281,9 @@ struct WindowForwardBlock {
       int slot = rows.first_row;
       if (kRing) p.by_rows.split(slot);
       tile.attend(slot * tile.row_bytes, rows);
-      store(tile, to_out + y * row_out, to_lse + y * row_lse, has_column, has_second);
+      store_tile<T, kHeadDim>(out.at(y), out.row, at, tile.acc_o, ptx::reciprocal_approx(tile.acc_sum[0]),
+                              ptx::reciprocal_approx(tile.acc_sum[2]), has_column, has_second);
+      if (p.lse.ptr && has_column && at.t == 0) store_lse(tile, lse.at(y), has_second ? lse.row : 0);
     }
   }
 
@@ -302,22 +293,19 @@ struct WindowForwardBlock {
     __syncthreads();
     if (i + 1 < steps) {
       const int last = detail::min((i + 2) * step, unit.ny) - 1;
-      const int needed = int(ptx::load_shared_32(spans + last * 8 + 4));
-      if (needed > loaded) load(unit, shared_k, shared_v, loaded, needed), loaded = needed;
+      ring.load(p, p.k, p.v, int(ptx::load_shared_32(spans + last * 8 + 4)));
     }
     ptx::cp_async_commit();
   }
 
-  __device__ __forceinline__ void store(const WindowForward<T, kHeadDim, kOctets, kRing>& tile, int to_out, int to_lse,
-                                        bool has_column, bool has_second) const {
-    T* out = plane_base<T>(p.out, batch, z, unit.head) + to_out;
-    store_tile<T, kHeadDim>(out, p.y.dilation * p.out.y, at, tile.acc_o, ptx::reciprocal_approx(tile.acc_sum[0]),
-                            ptx::reciprocal_approx(tile.acc_sum[2]), has_column, has_second);
-    if (!p.lse.ptr || !has_column || at.t != 0) return;
+  /// NOTE: without a second row, once more the first.
+  __device__ __forceinline__ void store_lse(const WindowForward<T, kHeadDim, kOctets, kRing>& tile, float* lse,
+                                            int to_second) const {
     constexpr float kLn2 = 0.693147180559945f;
-    float* lse = plane_base<float>(p.lse, batch, z, unit.head) + to_lse;
-    *lse = kLn2 * (tile.reference[0] + ptx::log2_approx(tile.row_sum[0]));
-    if (has_second) lse[p.y.dilation * p.lse.y] = kLn2 * (tile.reference[1] + ptx::log2_approx(tile.row_sum[1]));
+    const float first = kLn2 * (tile.reference[0] + ptx::log2_approx(tile.row_sum[0]));
+    const float second = kLn2 * (tile.reference[1] + ptx::log2_approx(tile.row_sum[1]));
+    ptx::store_global_32(lse + to_second, to_second ? second : first);
+    ptx::store_global_32(lse, first);
   }
 };
 

@@ -102,4 +102,18 @@ __device__ __forceinline__ uint32_t opaque(uint32_t x, uint32_t zero) {
   return y;
 }
 
+/// p, without the compiler knowing how it was made: else it adds up base and offsets anew at every use.
+template <class T>
+__device__ __forceinline__ T* opaque(T* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
+
+/// p + n * bytes in one instruction.
+__device__ __forceinline__ const char* offset(const char* p, uint32_t n, uint32_t bytes) {
+  const char* r;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(r) : "r"(n), "r"(bytes), "l"(p));
+  return r;
+}
+
 }  // namespace natten::ptx

@@ -49,6 +49,8 @@ inline void store_global_128(void* p, uint4 v) {
   emulation::check_aligned(p, 16);
   std::memcpy(p, &v, 16);
 }
+inline float load_global_32(const float* p) { return *p; }
+inline void store_global_32(float* p, float x) { *p = x; }
 inline void store_global_64(void* p, uint32_t a, uint32_t b) {
   emulation::check_aligned(p, 8);
   const uint32_t words[2] = {a, b};

@@ -63,6 +63,11 @@ uint32_t pack(float low, float high) {
 }
 
 inline uint32_t opaque(uint32_t x, uint32_t zero) { return x ^ zero; }
+template <class T>
+inline T* opaque(T* p) {
+  return p;
+}
+inline const char* offset(const char* p, uint32_t n, uint32_t bytes) { return p + uint64_t{n} * bytes; }
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float log2_approx(float x) { return std::log2(x); }
 inline float reciprocal_approx(float x) { return 1 / x; }
