@@ -61,7 +61,7 @@ class RowLoader {
         ptx::cp_async_16(slot_ + to_b_ + more_to_, from_b + more_b_);
       }
       slot_ += p.rows_at_once * row_bytes;
-      if (kRing) slot_ = detail::min(slot_, slot_ - ring_bytes);  // unsigned: the difference of a smaller one is huge
+      if (kRing) slot_ = min(slot_, slot_ - ring_bytes);  // unsigned: the difference of a smaller one is huge
     }
   }
 
