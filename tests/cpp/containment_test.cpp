@@ -178,6 +178,7 @@ INSTANTIATE_TEST_SUITE_P(All, Containment, testing::ValuesIn(containment_cases()
 const Case kBiased[] = {
     {.name = "1d", .axes = {{30, 5}}, .heads = 2, .bias = true, .dlse = true},
     {.name = "2d", .axes = {{7, 3}, {19, 4}}, .heads = 2, .bias = true},
+    {.name = "2d_32", .axes = {{9, 3}, {19, 5}}, .heads = 2, .head_dim = 32, .bias = true, .dlse = true},
     {.name = "2d_extra", .axes = {{7, 3}, {19, 4}}, .heads = 2, .extra = 2, .bias = true, .dlse = true},
     {.name = "2d_causal", .axes = {{7, 3, 1, 1, true}, {19, 4, 2, 1, true}}, .bias = true},
 };

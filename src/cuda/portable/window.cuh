@@ -152,6 +152,8 @@ struct RowPair {
   int first_row;       // in the box
   int rows;            // of both
   int limit0, first1;  // row 0 sees [0, limit0), row 1 [first1, rows)
+  int bias_index = 0;  // of the bias table's row for row 0 of the tile and first_row
+  uint32_t bias = 0;   // the same in bytes
 
   __device__ __forceinline__ RowPair(uint32_t spans, int y, bool has_second) {
     const uint2 a = ptx::load_shared_64(spans + y * 8), b = ptx::load_shared_64(spans + (y + has_second) * 8);
@@ -161,8 +163,8 @@ struct RowPair {
 };
 
 /// The column mask of a lane's accumulators: 0 where the query (or key) of row g sees the column, else -infinity.
-/// NOTE: rows g and g + 8 have the same mask; without `zero` the compiler would keep one pair of registers and copy it
-/// before every mma.
+/// NOTE: rows g and g + 8 have the same mask; if the compiler knew it, it would keep one pair of registers and copy it
+/// before every mma, or compute the mask anew for each.
 template <int kOctets>
 __device__ __forceinline__ void column_mask(float (&mask)[kOctets][4], const WindowParams& p, const Place& at,
                                             Span seen) {
@@ -170,7 +172,8 @@ __device__ __forceinline__ void column_mask(float (&mask)[kOctets][4], const Win
   for (int h = 0; h < kOctets; ++h)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      mask[h][e] = seen.contains(h * 8 + at.t * 2 + e) ? 0.0f : -INFINITY;
+      const uint32_t bits = __float_as_uint(seen.contains(h * 8 + at.t * 2 + e) ? 0.0f : -INFINITY);
+      mask[h][e] = __uint_as_float(ptx::opaque(bits, p.zero));
       mask[h][2 + e] = mask[h][e] + p.zero_float;
     }
 }
