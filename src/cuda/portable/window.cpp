@@ -20,8 +20,8 @@ constexpr int kStepColumns = 16;         // of keys, that 8 queries see
 constexpr int64_t kMostPlane = 1 << 29;  // elements, so that offsets in bytes fit 32 bits
 constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
 constexpr int kTailKeys = 16;
-constexpr int kMostSummed = 7;         // window of which a bias has a gradient: see LaneSums
-constexpr int kBlocksPerSm = 8;        // of dq where each has sums: few enough tables, even work
+constexpr int kMostSummed = 7;   // window of which a bias has a gradient: see LaneSums
+constexpr int kBlocksPerSm = 8;  // of dq where each has sums: few enough tables, even work
 
 // Positions that `tile` neighbours see together: at most.
 int seen_by(const Axis& group, int tile) { return group.window + tile - 1 + group.stride - 1; }

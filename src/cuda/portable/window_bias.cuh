@@ -17,7 +17,8 @@
 
 namespace natten::cuda_portable {
 
-/// Tables of one head, by all threads; zeros if there is no bias. (dy, dx) is key - query, or query - key if the tile is of keys.
+/// Tables of one head, by all threads; zeros if there is no bias. (dy, dx) is key - query, or query - key if the tile is
+/// of keys.
 template <class T, bool kOfKeys>
 __device__ __forceinline__ void fill_bias(uint32_t to, const WindowParams& p, int head) {
   const WindowBias& table = p.bias_table;
@@ -42,8 +43,7 @@ __device__ __forceinline__ void fill_bias(uint32_t to, const WindowParams& p, in
 /// Those of a block's units, the first of which is `unit`.
 template <class T, bool kOfKeys>
 __device__ __forceinline__ void fill_bias_tables(uint32_t to, const WindowParams& p, int unit) {
-  for (int i = 0; i < p.tiling.units; ++i)
-    fill_bias<T, kOfKeys>(to + i * p.bias_table.bytes(), p, p.head_of(unit + i));
+  for (int i = 0; i < p.tiling.units; ++i) fill_bias<T, kOfKeys>(to + i * p.bias_table.bytes(), p, p.head_of(unit + i));
 }
 
 /// What a lane adds to its accumulators before the first product: the column mask, or mask and bias in one.
@@ -77,7 +77,8 @@ struct Addends<kOctets, true> {
 #pragma unroll
     for (int h = 0; h < kOctets; ++h) {
       const bool first = seen.contains(h * 8), second = seen.contains(h * 8 + 1);
-      const int pair = first || second ? dx + h * 8 + at.t * 2 + p.bias_table.x : 0, kind = first ? !second : second * 2;
+      const int pair = first || second ? dx + h * 8 + at.t * 2 + p.bias_table.x : 0,
+                kind = first ? !second : second * 2;
       lane[h] = table + (first || second ? kind : 1) * p.bias_table.kind_bytes + pair * 8;
     }
   }
@@ -149,7 +150,8 @@ struct BiasSums {
     for (int octet = 0; octet < octets; ++octet) {
       const uint32_t columns = spans + (unit * octets + octet) * 64;
       const int first = int(ptx::load_shared_32(columns));  // dx of the octet's first key column, for column 0
-      uint32_t of_octet = tables + (unit * p.tiling.row_pairs * octets + octet) * bytes + (dy + p.bias_table.y) * kBiasSumPitch;
+      uint32_t of_octet =
+          tables + (unit * p.tiling.row_pairs * octets + octet) * bytes + (dy + p.bias_table.y) * kBiasSumPitch;
 #pragma unroll
       for (int g = 0; g < 8; ++g) {
         const uint2 seen = ptx::load_shared_64(columns + g * 8);

@@ -243,8 +243,7 @@ struct WindowDQBlock {
     }
   }
 
-  __device__ __forceinline__ void store_stats(const Tile& tile, int y, int x, bool has_second,
-                                              const Loaded& l) const {
+  __device__ __forceinline__ void store_stats(const Tile& tile, int y, int x, bool has_second, const Loaded& l) const {
     uint4* stats = plane_base<uint4>(p.stats, batch, z, unit.head) + unit.offset(p.stats, p, unit.y0 + y, x);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -107,7 +107,7 @@ struct WindowForward {
     set_zero(acc_o);
     row_sum[0] = row_sum[1] = 0;
     acc_sum[0] = acc_sum[1] = acc_sum[2] = acc_sum[3] = 0;
-    const uint32_t bias_pitch = p.bias_table.pitch;
+    const uint32_t bias_pitch = kBias ? p.bias_table.pitch : 0;
     uint32_t bias = rows.bias;
 #pragma unroll 1
     for (int row = 0; row < rows.rows; row += kStep, bias += kStep * bias_pitch) {
