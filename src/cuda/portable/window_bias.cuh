@@ -17,8 +17,8 @@
 
 namespace natten::cuda_portable {
 
-/// Tables of one head, by all threads; zeros if there is no bias. (dy, dx) is key - query, or query - key if the tile is
-/// of keys.
+/// Tables of one head, by all threads; zeros if there is no bias. (dy, dx) is key - query or, if the tile is of keys,
+/// query - key.
 template <class T, bool kOfKeys>
 __device__ __forceinline__ void fill_bias(uint32_t to, const WindowParams& p, int head) {
   const WindowBias& table = p.bias_table;
@@ -40,10 +40,10 @@ __device__ __forceinline__ void fill_bias(uint32_t to, const WindowParams& p, in
   }
 }
 
-/// Those of a block's units, the first of which is `unit`.
-template <class T, bool kOfKeys>
+/// Those of a block's units of queries, the first of which is `unit`.
+template <class T>
 __device__ __forceinline__ void fill_bias_tables(uint32_t to, const WindowParams& p, int unit) {
-  for (int i = 0; i < p.tiling.units; ++i) fill_bias<T, kOfKeys>(to + i * p.bias_table.bytes(), p, p.head_of(unit + i));
+  for (int i = 0; i < p.tiling.units; ++i) fill_bias<T, false>(to + i * p.bias_table.bytes(), p, p.head_of(unit + i));
 }
 
 /// What a lane adds to its accumulators before the first product: the column mask, or mask and bias in one.

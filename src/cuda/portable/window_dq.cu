@@ -143,7 +143,7 @@ struct WindowDQBlock {
   }
   /// The tables of the bias and of its gradient, for all units of this block.
   __device__ __forceinline__ void start_bias() const {
-    fill_bias_tables<T, false>(bias, p, blockIdx.x * p.tiling.units);
+    fill_bias_tables<T>(bias, p, blockIdx.x * p.tiling.units);
     bias_sums().clear();
   }
 

@@ -238,7 +238,7 @@ struct WindowForwardBlock {
     fill_zero(shared_k + units * keys * kKeyBytes, kTailKeys * kKeyBytes);
     fill_zero(shared_v + units * keys * kKeyBytes, kTailKeys * kKeyBytes);
     if constexpr (kBias) {
-      fill_bias_tables<T, false>(bias, p, block * units);
+      fill_bias_tables<T>(bias, p, block * units);
       bias += kRing ? 0 : at.unit * p.bias_table.bytes();
     }
     spans += kRing ? 0 : at.unit * t.tile_y * 8;
