@@ -48,6 +48,8 @@ std::vector<Workload> workloads() {
       {"nat_tiny_s1_f16", 128, 2, 32, {one, axis(56, 7), axis(56, 7)}, false, true},
       {"nat_tiny_s1_causal", 128, 2, 32, {one, axis(56, 7, 1, 1, true), axis(56, 7, 1, 1, true)}},
       {"nat_tiny_s1_rpb", 128, 2, 32, {one, axis(56, 7), axis(56, 7)}, true},
+      {"nat_tiny_s3_rpb", 128, 8, 32, {one, axis(14, 7), axis(14, 7)}, true},
+      {"dinat_tiny_s1_d8_rpb", 128, 2, 32, {one, axis(56, 7, 8), axis(56, 7, 8)}, true},
       {"nat_tiny_s1_k13", 128, 2, 32, {one, axis(56, 13), axis(56, 13)}},
       {"nat_tiny_s1_stride2", 128, 2, 32, {one, axis(56, 7, 1, 2), axis(56, 7, 1, 2)}},
       {"3d_32_k13_d64", 1, 8, 64, {axis(32, 13), axis(32, 13), axis(32, 13)}},

@@ -51,17 +51,24 @@ namespace detail {
 NATTEN_HD constexpr int min(int a, int b) { return a < b ? a : b; }
 NATTEN_HD constexpr int max(int a, int b) { return a > b ? a : b; }
 NATTEN_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }  // a >= 0
+struct Division {
+  int divisor;
+  NATTEN_HD constexpr int quotient(int n) const { return n / divisor; }
+};
 }  // namespace detail
 
 /// The dilation groups that hold at least one token.
 NATTEN_HD constexpr int num_groups(const Axis& a) { return detail::min(a.dilation, a.extent); }
 
 /// Group r of an axis as an axis of its own: dilation 1, and window and stride cut to what the group can fill.
-NATTEN_HD constexpr Axis group_axis(const Axis& a, int r) {
-  const int extent = (a.extent - r - 1) / a.dilation + 1;
+/// `by_dilation.quotient(n)` is n / a.dilation: kernels have faster ways than to divide.
+template <class Division>
+NATTEN_HD constexpr Axis group_axis(const Axis& a, int r, const Division& by_dilation) {
+  const int extent = by_dilation.quotient(a.extent - r - 1) + 1;
   const int window = detail::min(a.window, extent);
   return {extent, window, detail::max(detail::min(a.stride, window), 1), 1, a.causal};
 }
+NATTEN_HD constexpr Axis group_axis(const Axis& a, int r) { return group_axis(a, r, detail::Division{a.dilation}); }
 
 /// Keys that a window reaches before its leader; the last key of a causal window is its leader.
 NATTEN_HD constexpr int reach_before(const Axis& g) { return g.causal ? g.window - 1 : g.window / 2; }

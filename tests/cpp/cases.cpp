@@ -309,6 +309,20 @@ const std::vector<Case>& small_window_cases() {
                         .amplitude = far ? 12.0 : 1.0,
                         .layout = list.size() % 7 == 6 ? Layout::packed : Layout::contiguous});
       }
+    // With a bias (T-42) and shared key heads (T-43), each alone and together.
+    for (const SmallWindow& w : small_windows())
+      for (const int kv : {0, 1, 2}) {
+        const int i = int(list.size());
+        list.push_back({.name = std::string(w.name) + (kv ? "_heads_4_kv_" + std::to_string(kv) : "_bias"),
+                        .axes = w.axes,
+                        .batch = 2,
+                        .heads = kv ? 4 : 2 + i % 2,
+                        .heads_kv = kv,
+                        .head_dim = i % 4 < 2 ? 32 : 64,
+                        .bias = kv != 1,
+                        .dlse = i % 3 == 0,
+                        .amplitude = i % 5 == 4 ? 12.0 : 1.0});
+      }
     return list;
   }();
   return cases;

@@ -43,6 +43,8 @@ std::vector<Case> containment_cases() {
       {.name = "2d_stride", .axes = {axis(8, 4, 3), axis(17, 5, 2)}},
       {.name = "2d_wide", .axes = {axis(3, 2), axis(133, 9)}},
       {.name = "2d_tall", .axes = {axis(70, 5), axis(6, 3)}},
+      {.name = "2d_head_dim_32", .axes = {axis(9, 3), axis(19, 5)}, .head_dim = 32},
+      {.name = "2d_head_dim_32_bias", .axes = {axis(9, 4), axis(19, 5)}, .head_dim = 32, .bias = true},
       {.name = "3d", .axes = {axis(3, 2), axis(4, 3), axis(17, 4, 1, 2)}},
       {.name = "3d_mixed", .axes = {axis(4, 3, 1, 1, true), axis(4, 2, 2), axis(9, 4, 1, 2, true)}},
   };
@@ -178,6 +180,7 @@ INSTANTIATE_TEST_SUITE_P(All, Containment, testing::ValuesIn(containment_cases()
 const Case kBiased[] = {
     {.name = "1d", .axes = {{30, 5}}, .heads = 2, .bias = true, .dlse = true},
     {.name = "2d", .axes = {{7, 3}, {19, 4}}, .heads = 2, .bias = true},
+    {.name = "2d_32", .axes = {{9, 3}, {19, 5}}, .heads = 2, .head_dim = 32, .bias = true, .dlse = true},
     {.name = "2d_extra", .axes = {{7, 3}, {19, 4}}, .heads = 2, .extra = 2, .bias = true, .dlse = true},
     {.name = "2d_causal", .axes = {{7, 3, 1, 1, true}, {19, 4, 2, 1, true}}, .bias = true},
 };

@@ -150,7 +150,7 @@ void boxes_backward(const Problem& p, const BackwardArgs& args, void* stream, vo
     params.bias_entries = int(bias_entries(p));
   }
   if (params.dq.view || params.bias_sums) launch_dq(params, stream);
-  if (params.bias_sums) launch_reduce_bias(params, args.dbias, stream);
+  if (params.bias_sums) launch_reduce_bias(p, params.bias_sums, params.bias_pieces * kWarps, args.dbias, stream);
 
   if (p.has_window() && (args.dk || args.dv)) {
     set_tile(params, Side::keys);

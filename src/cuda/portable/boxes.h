@@ -54,6 +54,7 @@ void launch_forward(const BoxesParams& params, void* stream);
 void launch_dq(const BoxesParams& params, void* stream);
 void launch_dkdv(const BoxesParams& params, void* stream);
 void launch_row_stats(const BoxesParams& params, void* stream);
-void launch_reduce_bias(const BoxesParams& params, const TensorView& dbias, void* stream);
+/// dbias from `tables` tables of sums per head: [heads, tables, bias entries].
+void launch_reduce_bias(const Problem& problem, const float* sums, int tables, const TensorView& dbias, void* stream);
 
 }  // namespace natten::cuda_portable

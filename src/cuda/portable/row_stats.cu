@@ -6,6 +6,7 @@
 
 namespace natten::cuda_portable {
 constexpr int kThreadsPerRow = 8;
+constexpr int kReduceThreads = 512;
 
 template <class T>
 __device__ float partial_dot(const T* a, const T* b, int dim, bool vector, int part) {
@@ -52,39 +53,50 @@ __global__ void __launch_bounds__(kThreads) row_stats_kernel(const __grid_consta
       lse == -INFINITY ? INFINITY : lse * 1.44269504088896341f, sum - dlse};
 }
 
+/// Of 32 entries, whose tables are shared out to the warps of a block; the order of additions is always the same.
 template <class T>
-__global__ void reduce_bias_kernel(const __grid_constant__ BoxesParams p, const TensorView dbias) {
-  const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (index >= int64_t{p.problem.heads} * p.bias_entries) return;
-  const int head = int(index / p.bias_entries), entry = int(index % p.bias_entries);
-  const int tables = p.bias_pieces * (kThreads / 32);
-  const float* sums = p.bias_sums + int64_t{head} * tables * p.bias_entries + entry;
+__global__ void __launch_bounds__(kReduceThreads)
+    reduce_bias_kernel(const __grid_constant__ Problem p, const float* sums, int tables, const TensorView dbias) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  double* of_warps = reinterpret_cast<double*>(smem);
+  const int width = 2 * p.axes[2].window - 1, height = 2 * p.axes[1].window - 1;
+  const int64_t entries = int64_t{2 * p.axes[0].window - 1} * height * width;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t index = int64_t{blockIdx.x} * 32 + lane;
+  const bool exists = index < p.heads * entries;
+  const int head = int(index / entries), entry = int(index % entries);
+  const float* first = sums + int64_t{head} * tables * entries + entry;
   double total = 0;
-  for (int i = 0; i < tables; ++i) total += sums[int64_t{i} * p.bias_entries];
-  const int width = 2 * p.problem.axes[2].window - 1, height = 2 * p.problem.axes[1].window - 1;
+#pragma unroll 8
+  for (int i = warp; i < (exists ? tables : 0); i += kReduceThreads / 32) total += first[i * entries];
+  of_warps[threadIdx.x] = total;
+  __syncthreads();
+  if (warp > 0 || !exists) return;
+  for (int i = 1; i < kReduceThreads / 32; ++i) total += of_warps[i * 32 + lane];
   from_real(float(total),
             pointer<T>(dbias)[offset(dbias, 0, entry / width / height, entry / width % height, entry % width, head)]);
 }
 
 template <class F>
-void by_element(const BoxesParams& p, F&& f) {
-  if (p.problem.dtype == DType::bf16) return f(bf16{});
+void by_element(const Problem& p, F&& f) {
+  if (p.dtype == DType::bf16) return f(bf16{});
   f(f16{});
 }
 
 void launch_row_stats(const BoxesParams& params, void* stream) {
   const int64_t rows = params.problem.batch * params.problem.tokens() * params.problem.heads;
   const int64_t blocks = (rows * kThreadsPerRow + kThreads - 1) / kThreads;
-  by_element(params, [&](auto element) {
+  by_element(params.problem, [&](auto element) {
     launch(row_stats_kernel<decltype(element)>, unsigned(blocks), 0, stream, params, rows);
   });
 }
 
-void launch_reduce_bias(const BoxesParams& params, const TensorView& dbias, void* stream) {
-  const int64_t entries = int64_t{params.problem.heads} * params.bias_entries;
-  by_element(params, [&](auto element) {
-    launch(reduce_bias_kernel<decltype(element)>, unsigned((entries + kThreads - 1) / kThreads), 0, stream, params,
-           dbias);
+void launch_reduce_bias(const Problem& p, const float* sums, int tables, const TensorView& dbias, void* stream) {
+  int64_t entries = p.heads;
+  for (const Axis& a : p.axes) entries *= 2 * int64_t{a.window} - 1;
+  by_element(p, [&](auto element) {
+    cuda::launch(reduce_bias_kernel<decltype(element)>, unsigned((entries + 31) / 32), kReduceThreads,
+                 kReduceThreads * sizeof(double), stream, p, sums, tables, dbias);
   });
 }
 

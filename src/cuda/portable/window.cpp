@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cuda/device.h"
+#include "cuda/portable/boxes.h"
 #include "cuda/portable/kernels.h"
 
 namespace natten::cuda_portable {
@@ -17,8 +18,11 @@ constexpr int kMostWindow = 13;
 constexpr int kMostKeys = 127;           // of a query: see count_nonfinite in window_forward.cu
 constexpr int kStepColumns = 16;         // of keys, that 8 queries see
 constexpr int64_t kMostPlane = 1 << 29;  // elements, so that offsets in bytes fit 32 bits
+constexpr int64_t kMostStride = int64_t{1} << 32;
 constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
 constexpr int kTailKeys = 16;
+constexpr int kMostSummed = 7;   // window of which a bias has a gradient: see LaneSums
+constexpr int kBlocksPerSm = 8;  // of dq where each has sums: few enough tables, even work
 
 // Positions that `tile` neighbours see together: at most.
 int seen_by(const Axis& group, int tile) { return group.window + tile - 1 + group.stride - 1; }
@@ -49,7 +53,7 @@ void set_forward_tiling(const Problem& p, const Axis& y, const Axis& x, WindowTi
   if (fits_groups(y, x)) {
     t.tile_y = round_up(y.extent, 2), t.tile_x = round_up(x.extent, 8);
     t.units = t.tile_x == 8 ? 2 : 1;
-    t.row_pairs = t.tile_x == 8 ? 1 : std::min(3, t.tile_y / 2);
+    t.row_pairs = t.tile_x == 8 ? 1 : std::min(4, t.tile_y / 2);
     t.rows = y.extent, t.pitch = t.tile_x;
     return;
   }
@@ -69,9 +73,13 @@ void set_forward_tiling(const Problem& p, const Axis& y, const Axis& x, WindowTi
   t.pitch = round_up(std::min(seen_by(x, t.tile_x), x.extent), 8);
 }
 
-void set_backward_tiling(const Axis& y, const Axis& x, WindowTiling& t) {
+void set_backward_tiling(const Problem& p, const Axis& y, const Axis& x, bool of_keys, WindowTiling& t) {
   t.tile_y = std::min(8, round_up(y.extent, 2)), t.tile_x = std::min(16, round_up(x.extent, 8));
   t.units = 1, t.row_pairs = std::min(2, t.tile_y / 2);
+  if (of_keys && p.heads_per_kv() > 1) {
+    t.row_pairs = t.tile_y / 2;  // a tile for each warp
+    return;
+  }
   if (!fits_groups(y, x)) return;
   t.tile_y = round_up(y.extent, 2);
   t.units = t.tile_x == 8 ? 2 : 1;
@@ -85,6 +93,7 @@ void set_units(const Problem& p, const Axis& y, const Axis& x, WindowParams& par
   params.units_per_plane = heads * t.tiles_y * t.tiles_x * num_groups(p.axes[1]) * num_groups(p.axes[2]);
   params.blocks_per_plane = detail::ceil_div(params.units_per_plane, t.units);
   params.num_blocks = int64_t{params.blocks_per_plane} * p.batch * params.planes_z;
+  params.grid = int(params.num_blocks);
   params.by_blocks = FastDiv(params.blocks_per_plane), params.by_z = FastDiv(params.planes_z);
   params.by_heads = FastDiv(heads), params.by_groups_x = FastDiv(num_groups(p.axes[2]));
   params.by_tiles_x = FastDiv(t.tiles_x), params.by_tiles_y = FastDiv(t.tiles_y);
@@ -96,24 +105,33 @@ void set_units(const Problem& p, const Axis& y, const Axis& x, WindowParams& par
 }
 
 Plane plane(const TensorView& t) {
-  return {t.ptr, t.strides[0], t.strides[1], t.strides[4], int(t.strides[2]), int(t.strides[3])};
+  return {t.ptr, uint32_t(t.strides[0]), uint32_t(t.strides[1]), uint32_t(t.strides[4]), int(t.strides[2]),
+          int(t.strides[3])};
 }
 
 // Loads are of 16 bytes and offsets inside a plane of 32 bits.
 bool fits(const Problem& p, const TensorView& t, int64_t multiple) {
   if (!t) return true;
   bool good = reinterpret_cast<uintptr_t>(t.ptr) % (multiple * 2) == 0;
-  for (int i = 0; i < 5; ++i) good = good && (t.strides[i] >= 0 && t.strides[i] % multiple == 0);
+  for (int i = 0; i < 5; ++i) good = good && (t.strides[i] >= 0 && t.strides[i] < kMostStride && t.strides[i] % multiple == 0);
   return good && t.strides[2] * p.axes[1].extent + t.strides[3] * p.axes[2].extent < kMostPlane;
+}
+
+void set_bias_table(const Problem& p, WindowParams& params) {
+  params.bias_table = WindowBias(longest_group(p.axes[1]).window, longest_group(p.axes[2]).window);
+  params.by_bias_columns = FastDiv(2 * params.bias_table.x);
 }
 
 WindowParams common_params(const Problem& p, const ForwardArgs& args) {
   WindowParams params;
   params.y = p.axes[1], params.x = p.axes[2], params.planes_z = p.axes[0].extent;
+  params.by_dilation_y = FastDiv(p.axes[1].dilation), params.by_dilation_x = FastDiv(p.axes[2].dilation);
   params.heads_per_kv = p.heads_per_kv();
   params.q = plane(args.q), params.k = plane(args.k), params.v = plane(args.v);
   params.out = plane(args.out), params.lse = plane(args.lse);
   params.scale = float(p.scale), params.scale_log2 = float(p.scale * kLog2e);
+  params.bias = plane(args.bias), params.inverse_scale = float(1 / p.scale);
+  if (p.has_bias) set_bias_table(p, params);
   return params;
 }
 
@@ -125,33 +143,79 @@ WindowParams forward_params(const Problem& p, const ForwardArgs& args) {
   return params;
 }
 
-WindowParams backward_params(const Problem& p, const BackwardArgs& args, bool of_keys, void* stats) {
+WindowParams backward_params(const Problem& p, const BackwardArgs& args, void* stats) {
   WindowParams params = common_params(p, args);
-  const Axis y = longest_group(p.axes[1]), x = longest_group(p.axes[2]);
-  WindowTiling& t = params.tiling;
-  set_backward_tiling(y, x, t);
-  t.rows = of_keys ? seeing(p.axes[1], t.tile_y) : std::min(seen_by(y, t.tile_y), y.extent);
-  t.pitch = round_up(of_keys ? seeing(p.axes[2], t.tile_x) : std::min(seen_by(x, t.tile_x), x.extent), 8);
   params.dout = plane(args.dout), params.dlse = plane(args.dlse);
   params.dq = plane(args.dq), params.dk = plane(args.dk), params.dv = plane(args.dv);
   const int64_t row = int64_t{p.axes[2].extent} * p.heads, plane_size = row * p.axes[1].extent;
-  params.stats = {stats, plane_size * p.axes[0].extent, plane_size, 1, int(row), p.heads};
-  set_units(p, y, x, params, p.heads);
+  params.stats = {stats, uint32_t(plane_size * p.axes[0].extent), uint32_t(plane_size), 1, int(row), p.heads};
   return params;
 }
 
+WindowParams dkdv_params(const Problem& p, const BackwardArgs& args, void* stats) {
+  WindowParams params = backward_params(p, args, stats);
+  const Axis y = longest_group(p.axes[1]), x = longest_group(p.axes[2]);
+  WindowTiling& t = params.tiling;
+  set_backward_tiling(p, y, x, true, t);
+  t.rows = seeing(p.axes[1], t.tile_y), t.pitch = round_up(seeing(p.axes[2], t.tile_x), 8);
+  if (p.heads_per_kv() > 1) set_bias_table(p, params);  // see window_dkdv.cu
+  set_units(p, y, x, params, p.heads_kv);
+  return params;
+}
+
+// Blocks that sum the gradient of a bias keep their head and columns: each does every `grid`-th set of units, and that
+// many sets are some rows of all heads and columns.
+void set_bias_grid(const Problem& p, WindowParams& params) {
+  const int columns = p.heads * num_groups(p.axes[2]) * params.tiling.tiles_x / params.tiling.units;
+  const int64_t pieces = int64_t{kBlocksPerSm} * cuda::current_device()->num_sms / columns;
+  params.grid = int(columns * std::clamp<int64_t>(pieces, 1, params.num_blocks / columns));
+  params.bias_sum_tables = params.grid * params.tiling.units / p.heads;
+}
+
+WindowParams dq_params(const Problem& p, const BackwardArgs& args, void* stats, float* bias_sums) {
+  WindowParams params = backward_params(p, args, stats);
+  const Axis y = longest_group(p.axes[1]), x = longest_group(p.axes[2]);
+  WindowTiling& t = params.tiling;
+  set_backward_tiling(p, y, x, false, t);
+  const auto set_rows = [&] {
+    t.rows = std::min(seen_by(y, t.tile_y), y.extent), t.pitch = round_up(std::min(seen_by(x, t.tile_x), x.extent), 8);
+    set_units(p, y, x, params, p.heads);
+  };
+  if (p.has_bias && p.heads * num_groups(p.axes[2]) % 2 != 0) t.units = 1;
+  set_rows();
+  if (!p.has_bias) return params;
+  if (t.tile_y == 8 && y.extent > 16) {
+    // Sums take memory per warp: larger tiles take less of it for the halo, if two still fit.
+    const WindowTiling small = t;
+    t.tile_y = 16, t.row_pairs = 4;
+    set_rows();
+    if (2 * window_shared_bytes(params, {p.head_dim, false, true}) > size_t(cuda::current_device()->max_shared_bytes))
+      t = small, set_rows();
+  }
+  params.bias_sums = bias_sums;
+  set_bias_grid(p, params);
+  return params;
+}
+
+int64_t bias_entries(const Problem& p) { return (2 * int64_t{p.axes[1].window} - 1) * (2 * p.axes[2].window - 1); }
+size_t stats_bytes(const Problem& p) { return size_t(p.batch) * p.tokens() * p.heads * 16; }
+
 bool fits_shared(const Problem& p, Pass pass) {
   const size_t most = size_t(cuda::current_device()->max_shared_bytes);
-  if (pass == Pass::forward) return window_shared_bytes(forward_params(p, {}), 2, p.head_dim, false) <= most;
-  return window_shared_bytes(backward_params(p, {}, false, nullptr), 2, p.head_dim, false) <= most &&
-         window_shared_bytes(backward_params(p, {}, true, nullptr), 2, p.head_dim, true) <= most;
+  if (pass == Pass::forward) return window_shared_bytes(forward_params(p, {}), {p.head_dim}) <= most;
+  return window_shared_bytes(dq_params(p, {}, nullptr, nullptr), {p.head_dim, false, true}) <= most &&
+         window_shared_bytes(dkdv_params(p, {}, nullptr), {p.head_dim, true, false}) <= most;
 }
 
 }  // namespace
 
-size_t window_shared_bytes(const WindowParams& p, int tensors, int head_dim, bool stats) {
-  const size_t keys = size_t(p.tiling.units) * p.tiling.rows * p.tiling.pitch + kTailKeys;
-  return keys * (tensors * head_dim * 2 + (stats ? 16 : 0)) + size_t(p.tiling.units) * p.tiling.tile_y * sizeof(Span);
+size_t window_shared_bytes(const WindowParams& p, const WindowShared& what) {
+  const size_t units = p.tiling.units, keys = units * p.tiling.rows * p.tiling.pitch + kTailKeys;
+  size_t bytes = keys * (4 * what.head_dim + (what.stats ? 16 : 0)) + units * p.tiling.tile_y * sizeof(Span);
+  if (p.bias_table.y == 0) return bytes;
+  bytes += units * p.bias_table.bytes();
+  if (what.bias_sums) bytes += p.threads() / 32 * p.bias_table.sum_bytes() + units * p.tiling.tile_x * sizeof(Span);
+  return bytes;
 }
 
 const char* why_not_window(const Problem& p, Pass pass) {
@@ -159,7 +223,7 @@ const char* why_not_window(const Problem& p, Pass pass) {
   if (p.batch == 0 || p.tokens() == 0) return "there are no queries";
   if (p.head_dim != p.head_dim_v || (p.head_dim != 32 && p.head_dim != 64)) return "head_dim is neither 32 nor 64";
   if (p.axes[0].window != 1) return "the window has more than one plane";
-  if (p.has_bias || p.extra_keys > 0) return "there is a relative position bias or additional keys";
+  if (p.extra_keys > 0) return "there are additional keys";
   const Axis y = longest_group(p.axes[1]), x = longest_group(p.axes[2]);
   if (p.axes[1].window > kMostWindow || p.axes[2].window > kMostWindow) return "the window is larger than 13";
   if (!p.has_window()) return "kernel_size 0 has no windows";
@@ -167,7 +231,8 @@ const char* why_not_window(const Problem& p, Pass pass) {
   if (y.window * x.window > kMostKeys) return "a query sees more than 127 keys";
   if (!(p.scale > 1e-6 && p.scale < 1e6)) return "the scale is not between 1e-6 and 1e6";
   if (double(p.batch) * p.tokens() * p.heads > double(kMostBlocks)) return "there are more than 2^31 queries";
-  if (pass == Pass::backward && p.heads != p.heads_kv) return "key/value heads are shared";
+  if (pass == Pass::backward && p.has_bias && x.window > kMostSummed)
+    return "there is a relative position bias, and the window is wider than 7";
   if (int64_t{p.axes[1].extent} * p.axes[2].extent * p.heads >= kMostPlane) return "a plane has more than 2^29 rows";
   return fits_shared(p, pass) ? nullptr : "it needs more shared memory than this GPU has";
 }
@@ -175,28 +240,34 @@ const char* why_not_window(const Problem& p, Pass pass) {
 Int3 window_tile(const Problem& p, Pass pass) {
   WindowTiling t;
   const Axis y = longest_group(p.axes[1]), x = longest_group(p.axes[2]);
-  pass == Pass::forward ? set_forward_tiling(p, y, x, t) : set_backward_tiling(y, x, t);
+  pass == Pass::forward ? set_forward_tiling(p, y, x, t) : set_backward_tiling(p, y, x, true, t);
   return {1, t.tile_y, t.tile_x};
 }
 
 bool window_forward(const Problem& p, const ForwardArgs& args, void* stream) {
   for (const TensorView& t : {args.q, args.k, args.v, args.out})
     if (!fits(p, t, 8)) return false;
-  if (!fits(p, args.lse, 1)) return false;
+  if (!fits(p, args.lse, 1) || !fits(p, args.bias, 1)) return false;
   launch_window_forward(forward_params(p, args), p.dtype, p.head_dim, stream);
   return true;
 }
 
 size_t window_workspace(const Problem& p, Pass pass) {
-  return pass == Pass::forward ? 0 : size_t(p.batch) * p.tokens() * p.heads * 16;
+  if (pass == Pass::forward) return 0;
+  const WindowParams params = dq_params(p, {}, nullptr, nullptr);
+  return stats_bytes(p) + size_t(params.bias_sum_tables) * p.heads * bias_entries(p) * sizeof(float);
 }
 
 bool window_backward(const Problem& p, const BackwardArgs& args, void* stream, void* workspace) {
   for (const TensorView& t : {args.q, args.k, args.v, args.out, args.dout, args.dq, args.dk, args.dv})
     if (!fits(p, t, 8)) return false;
-  if (!fits(p, args.lse, 1) || !fits(p, args.dlse, 1)) return false;
-  launch_window_dq(backward_params(p, args, false, workspace), p.dtype, p.head_dim, stream);
-  if (args.dk || args.dv) launch_window_dkdv(backward_params(p, args, true, workspace), p.dtype, p.head_dim, stream);
+  for (const TensorView& t : {args.lse, args.dlse, args.bias})
+    if (!fits(p, t, 1)) return false;
+  float* sums = args.dbias ? reinterpret_cast<float*>(static_cast<char*>(workspace) + stats_bytes(p)) : nullptr;
+  const WindowParams params = dq_params(p, args, workspace, sums);
+  launch_window_dq(params, p.dtype, p.head_dim, stream);
+  if (params.bias_sums) launch_reduce_bias(p, sums, params.bias_sum_tables, args.dbias, stream);
+  if (args.dk || args.dv) launch_window_dkdv(dkdv_params(p, args, workspace), p.dtype, p.head_dim, stream);
   return true;
 }
 

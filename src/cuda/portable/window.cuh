@@ -53,7 +53,7 @@ __device__ __forceinline__ Unit decode_unit(const WindowParams& p, int index) {
   const int tile_x = rest;
   rest = n, u.residue_y = p.by_tiles_y.split(rest);
   const int tile_y = rest;
-  u.y = group_axis(p.y, u.residue_y), u.x = group_axis(p.x, u.residue_x);
+  u.y = group_axis(p.y, u.residue_y, p.by_dilation_y), u.x = group_axis(p.x, u.residue_x, p.by_dilation_x);
   u.y0 = tile_y * p.tiling.tile_y, u.x0 = tile_x * p.tiling.tile_x;
   u.ny = detail::min(p.tiling.tile_y, u.y.extent - u.y0), u.nx = detail::min(p.tiling.tile_x, u.x.extent - u.x0);
   if (u.ny <= 0 || u.nx <= 0) {
@@ -65,10 +65,10 @@ __device__ __forceinline__ Unit decode_unit(const WindowParams& p, int index) {
   return u;
 }
 
-/// A plane's tensor of one sample and head. Indices and strides are not negative: cheap multiplications.
+/// A plane's tensor of one sample and head.
 template <class T>
 __device__ __forceinline__ T* plane_base(const Plane& t, uint32_t batch, uint32_t z, uint32_t head) {
-  return static_cast<T*>(t.ptr) + (uint64_t(t.batch) * batch + uint64_t(t.z) * z + uint64_t(t.head) * head);
+  return static_cast<T*>(t.ptr) + (uint64_t{t.batch} * batch + uint64_t{t.z} * z + uint64_t{t.head} * head);
 }
 
 /// Tokens of a tensor below each other, in a unit, from one of their channels on.
@@ -126,6 +126,8 @@ struct RowPair {
   int first_row;       // in the box
   int rows;            // of both
   int limit0, first1;  // row 0 sees [0, limit0), row 1 [first1, rows)
+  int bias_index = 0;  // of the bias table's row for row 0 of the tile and first_row
+  uint32_t bias = 0;   // the same in bytes
 
   __device__ __forceinline__ RowPair(uint32_t spans, int y, bool has_second) {
     const uint2 a = ptx::load_shared_64(spans + y * 8), b = ptx::load_shared_64(spans + (y + has_second) * 8);
@@ -135,8 +137,8 @@ struct RowPair {
 };
 
 /// The column mask of a lane's accumulators: 0 where the query (or key) of row g sees the column, else -infinity.
-/// NOTE: rows g and g + 8 have the same mask; without `zero` the compiler would keep one pair of registers and copy it
-/// before every mma.
+/// NOTE: rows g and g + 8 have the same mask; if the compiler knew it, it would keep one pair of registers and copy it
+/// before every mma, or compute the mask anew for each.
 template <int kOctets>
 __device__ __forceinline__ void column_mask(float (&mask)[kOctets][4], const WindowParams& p, const Place& at,
                                             Span seen) {
@@ -144,7 +146,8 @@ __device__ __forceinline__ void column_mask(float (&mask)[kOctets][4], const Win
   for (int h = 0; h < kOctets; ++h)
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      mask[h][e] = seen.contains(h * 8 + at.t * 2 + e) ? 0.0f : -INFINITY;
+      const uint32_t bits = __float_as_uint(seen.contains(h * 8 + at.t * 2 + e) ? 0.0f : -INFINITY);
+      mask[h][e] = __uint_as_float(ptx::opaque(bits, p.zero));
       mask[h][2 + e] = mask[h][e] + p.zero_float;
     }
 }

@@ -18,10 +18,10 @@
 
 namespace natten::cuda_portable {
 
-/// A tensor by element strides; those of y and x are of tokens and fit 32 bits, as do offsets inside a plane.
+/// A tensor by element strides, which fit 32 bits, as do offsets inside a plane (y and x are of tokens).
 struct Plane {
   void* ptr = nullptr;
-  int64_t batch = 0, z = 0, head = 0;
+  uint32_t batch = 0, z = 0, head = 0;
   int y = 0, x = 0;
 };
 
@@ -35,6 +35,29 @@ struct WindowTiling {
   int rows = 0, pitch = 0;  ///< of the other side in shared memory, per unit; pitch is a multiple of 8
 };
 
+constexpr int kBiasSumPitch = 256;  ///< bytes per dy of a warp's sums: two floats of every lane
+
+/// Tables of a relative position bias in shared memory, and of sums for its gradient (window_bias.cuh). A tile's rows
+/// meet dy = -y .. y; iterations of the forward kernel may read three more.
+struct WindowBias {
+  int y = 0, x = 0;  ///< windows, cut to the longest group; 0: no bias
+  uint32_t pitch = 0, kind_bytes = 0;
+
+  WindowBias() = default;
+  WindowBias(int window_y, int window_x) : y(window_y), x(window_x), pitch(2 * window_x * 8) {
+    kind_bytes = (rows() * pitch + 127) / 128 * 128;
+  }
+  NATTEN_HD int rows() const { return 2 * y + 4; }
+  NATTEN_HD int bytes() const { return 3 * int(kind_bytes); }
+  NATTEN_HD int sum_bytes() const { return (2 * y + 2) * kBiasSumPitch; }
+};
+
+/// What lies in shared memory beside two boxes of rows and the spans.
+struct WindowShared {
+  int head_dim;
+  bool stats = false, bias_sums = false;
+};
+
 struct WindowParams {
   Axis y, x;
   int planes_z = 1;  ///< planes of a sample
@@ -44,19 +67,26 @@ struct WindowParams {
   WindowTiling tiling;
   int units_per_plane = 0, blocks_per_plane = 0;
   int64_t num_blocks = 0;
+  int grid = 0;  ///< blocks that are launched: fewer than `num_blocks` if each does several (dq with a bias)
+  Plane bias;    ///< [y, x, head]
+  WindowBias bias_table;
+  FastDiv by_bias_columns;
+  float inverse_scale = 1;
+  float* bias_sums = nullptr;  ///< [heads, tables, entries] of dS
+  int bias_sum_tables = 0;     ///< per head
   FastDiv by_blocks, by_z, by_heads, by_groups_x, by_tiles_x, by_tiles_y, by_rows, by_octets, by_unit_warps;
+  FastDiv by_dilation_y, by_dilation_x;
   FastDiv by_row_threads;               ///< threads that load a row of the other side
   int rows_at_once = 1, row_parts = 1;  ///< rows that the threads of a unit load in a pass, or passes of a row
   float scale = 1, scale_log2 = 1;
   uint32_t zero = 0;  ///< 0, unknown to the compiler: see ptx::opaque
   float zero_float = 0;
 
-  int octets() const { return tiling.tile_x / 8; }
-  int threads() const { return octets() * tiling.row_pairs * tiling.units * 32; }
+  NATTEN_HD int octets() const { return tiling.tile_x / 8; }
+  NATTEN_HD int threads() const { return octets() * tiling.row_pairs * tiling.units * 32; }
 };
 
-/// Bytes of shared memory for `tensors` boxes of rows, statistics of the columns, and spans.
-size_t window_shared_bytes(const WindowParams& p, int tensors, int head_dim, bool stats);
+size_t window_shared_bytes(const WindowParams& p, const WindowShared& what);
 
 // Launches on `stream`.
 void launch_window_forward(const WindowParams& params, DType dtype, int head_dim, void* stream);

@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: MIT
 // Backward for small windows, the part of the keys. A block holds the queries that see the keys of its units, dout
 // and their statistics; a warp's tile of 2 x 8 keys walks over them: S = K Q^T, dV += P dO, dK += dS Q. Keys at a
-// border are seen by more rows and columns than others: only loop bounds. Nobody else writes these rows.
+// border are seen by more rows and columns than others: only loop bounds. Nobody else writes these rows: where heads of
+// queries share a head of keys, the block loads one after the other and each warp keeps the sums of its only tile; they
+// go through the tables of a bias, if only of zeros, so that other problems do not pay for that loop in registers.
 #include "cuda/launch.h"
 #include "cuda/portable/row_loader.cuh"
+#include "cuda/portable/window_bias.cuh"
 #include "cuda/portable/window_dispatch.cuh"
 #include "cuda/portable/window_stats.cuh"
 
 namespace natten::cuda_portable {
 
-template <class T, int kHeadDim, int kOctets>
+template <class T, int kHeadDim, int kOctets, bool kTables>
 struct WindowDKDV {
   static constexpr int kWords = kHeadDim / 32, kRowBytes = kHeadDim * 2;
   static constexpr int kStep = 3 - kOctets;  // query rows of a step of 16 queries
@@ -17,15 +20,16 @@ struct WindowDKDV {
   const WindowParams& p;
   const Place at;
   uint32_t k[kHeadDim / 16][4], v[kHeadDim / 16][4];
-  uint32_t weights;                        // see window_stats.cuh
+  uint32_t weights[2];                     // see window_stats.cuh; the same, in two registers for the mma
   uint32_t to_dout, row_bytes, row_stats;  // bytes
+  uint32_t bias_table;
   float acc_dk[kHeadDim / 8][4], acc_dv[kHeadDim / 8][4];
 
   __device__ __forceinline__ WindowDKDV(const WindowParams& params, const Place& place) : p(params), at(place) {}
 
   /// Two columns' worth of addends: the product of the weights with the statistics of this lane's query, and `c`.
   __device__ __forceinline__ void start(float (&d)[4], uint32_t stats, const float (&c)[4]) const {
-    ptx::mma_1688<T>(d, weights, weights, ptx::load_shared_32(stats), c);
+    ptx::mma_1688<T>(d, weights[0], weights[1], ptx::load_shared_32(stats), c);
   }
   __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[kHeadDim / 16][4],
                                            const uint4 (&b)[kWords]) const {
@@ -39,7 +43,8 @@ struct WindowDKDV {
   /// One step of 16 queries.
   template <bool kCareful>
   __device__ __forceinline__ void add_step(uint32_t lane_row, uint32_t lane_transposed, uint32_t lane_stats, int row,
-                                           const RowPair& rows, const float (&mask)[kOctets][4]) {
+                                           const RowPair& rows, const Addends<kOctets, kTables>& addends,
+                                           uint32_t bias) {
     const bool second_row = row + 1 < rows.rows;
     const uint32_t to_second = kOctets == 2 ? 8 * kRowBytes : second_row ? row_bytes : 0;
     const uint32_t stats_second = kOctets == 2 ? 8 * 16 : second_row ? row_stats : 0;
@@ -48,7 +53,9 @@ struct WindowDKDV {
     float s[2][4], dp[2][4];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      start(s[h], lane_stats + h * stats_second, mask[kOctets == 2 ? h : 0]);
+      float addend[4];
+      addends.load(addend, kOctets == 2 ? h : 0, bias + (kOctets == 2 ? 0 : h * p.bias_table.pitch));
+      start(s[h], lane_stats + h * stats_second, addend);
       start(dp[h], lane_stats + h * stats_second + 8, none);
       load_key<kHeadDim>(q[h], lane_row + h * to_second);
       load_key<kHeadDim>(g[h], lane_row + h * to_second + to_dout);
@@ -65,7 +72,7 @@ struct WindowDKDV {
       const bool sees[2] = {query_row < rows.limit0, query_row >= rows.first1 && query_row < rows.rows};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const bool visible = sees[e / 2] && mask[kOctets == 2 ? h : 0][e] == 0;
+        const bool visible = sees[e / 2] && addends.sees(kOctets == 2 ? h : 0, e);
         s[h][e] = ptx::exp2_approx(fmaf(s[h][e], p.scale_log2, sees[e / 2] ? 0.0f : -INFINITY));
         if (kCareful && !visible) s[h][e] = dp[h][e] = 0;
         dp[h][e] *= s[h][e];
@@ -77,57 +84,62 @@ struct WindowDKDV {
     multiply_values<T, kHeadDim>(acc_dk, ds, q_value);
   }
 
-  /// All queries of the tile's inverse windows. `queries`: address of the unit's first query, `stats` of its
-  /// statistics; `column`: the first that any key of the octet is seen from, `columns` of them; `mine`: those of this
-  /// lane's key.
+  /// What a tile's keys are seen from: `column`, the first of the box that sees any key of the octet, `columns` of
+  /// them, those that see this lane's key, and the distance of the first from it.
+  struct Columns {
+    int column, columns;
+    Span mine;
+    int dx;
+  };
+
+  /// Adds all queries of the tile's inverse windows. `queries`: address of the unit's first query, `stats` of its
+  /// statistics.
   template <bool kCareful>
-  __device__ __forceinline__ void pass(uint32_t queries, uint32_t stats, const RowPair& rows, int column, int columns,
-                                       Span mine) {
-    set_zero(acc_dk), set_zero(acc_dv);
+  __device__ __forceinline__ void pass(uint32_t queries, uint32_t stats, const RowPair& rows, const Columns& c) {
 #pragma unroll 1
-    for (int first = 0; first < columns; first += 8 * kOctets) {
-      float mask[kOctets][4];
-      column_mask<kOctets>(mask, p, at, {mine.begin - first, mine.end - first});
-      const LaneAddresses<kHeadDim, kOctets> lane(at, column + first);
-      uint32_t row_address = queries + lane.row, transposed = queries + lane.transposed;
-      uint32_t lane_stats = stats + (column + first + at.g) * 16 + at.t % 2 * 4;
+    for (int first = 0; first < c.columns; first += 8 * kOctets) {
+      Addends<kOctets, kTables> addends;
+      addends.set(p, at, {c.mine.begin - first, c.mine.end - first}, c.dx + first, bias_table);
+      const LaneAddresses<kHeadDim, kOctets> lane(at, c.column + first);
+      uint32_t row_address = queries + lane.row, transposed = queries + lane.transposed, bias = rows.bias;
+      uint32_t lane_stats = stats + (c.column + first + at.g) * 16 + at.t % 2 * 4;
 #pragma unroll 1
       for (int row = 0; row < rows.rows; row += kStep) {
-        add_step<kCareful>(row_address, transposed, lane_stats, row, rows, mask);
+        add_step<kCareful>(row_address, transposed, lane_stats, row, rows, addends, bias);
         row_address += kStep * row_bytes, transposed += kStep * row_bytes, lane_stats += kStep * row_stats;
+        bias += kStep * p.bias_table.pitch;
       }
     }
   }
 
-  __device__ __forceinline__ void attend(uint32_t queries, uint32_t stats, const RowPair& rows, int column, int columns,
-                                         Span mine) {
-    pass<false>(queries, stats, rows, column, columns, mine);
+  __device__ __forceinline__ bool is_finite() const {
     const float witness =
         finite_witness(acc_dk, 0) + finite_witness(acc_dk, 1) + finite_witness(acc_dv, 0) + finite_witness(acc_dv, 1);
-    if (__all_sync(~0u, witness == 0)) return;
-    WindowDKDV copy = *this;  // whose address may be taken
-    again(copy, queries, stats, rows, column, columns, mine);
+    return __all_sync(~0u, witness == 0);
+  }
+  __device__ __forceinline__ void take_sums(const WindowDKDV& other) {
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) acc_dk[n][e] = copy.acc_dk[n][e], acc_dv[n][e] = copy.acc_dv[n][e];
+      for (int e = 0; e < 4; ++e) acc_dk[n][e] = other.acc_dk[n][e], acc_dv[n][e] = other.acc_dv[n][e];
   }
   /// A NaN in a key makes the statistics of the queries that see it NaN; others must not notice.
-  __device__ static __noinline__ void again(WindowDKDV& tile, uint32_t queries, uint32_t stats, RowPair rows,
-                                            int column, int columns, Span mine) {
-    tile.template pass<true>(queries, stats, rows, column, columns, mine);
+  __device__ static __noinline__ void add_with_care(WindowDKDV& tile, uint32_t queries, uint32_t stats, RowPair rows,
+                                                    Columns columns) {
+    tile.template pass<true>(queries, stats, rows, columns);
   }
 };
 
-template <class T, int kHeadDim, int kOctets>
+template <class T, int kHeadDim, int kOctets, bool kTables>
 struct WindowDKDVBlock {
+  using Tile = WindowDKDV<T, kHeadDim, kOctets, kTables>;
   static constexpr int kWords = kHeadDim / 32, kRowBytes = kHeadDim * 2;
 
   const WindowParams& p;
   const Place at;
   int batch, z;
   Unit unit;  // of this warp
-  uint32_t shared_q, shared_dout, stats, spans;
+  uint32_t shared_q, shared_dout, stats, spans, bias;
 
   __device__ __forceinline__ WindowDKDVBlock(const WindowParams& params, uint32_t shared) : p(params), at(params) {
     const WindowTiling& t = p.tiling;
@@ -138,13 +150,8 @@ struct WindowDKDVBlock {
     shared_q = shared + first * kRowBytes, shared_dout = shared_q + (all + kTailKeys) * kRowBytes;
     stats = shared + (all + kTailKeys) * (2 * kRowBytes) + first * 16;
     spans = shared + (all + kTailKeys) * (2 * kRowBytes + 16) + at.unit * t.tile_y * 8;
-    if (unit.ny > 0) {
-      load_box<kHeadDim>(p, at, unit, p.q, plane_base<const T>(p.q, batch, z, unit.head), p.dout,
-                         plane_base<const T>(p.dout, batch, z, unit.head), shared_q, shared_dout);
-      load_stats();
-      fill_row_spans<true>(at, spans, unit);
-    }
-    ptx::cp_async_commit();
+    bias = spans + (t.units - at.unit) * t.tile_y * 8 + at.unit * p.bias_table.bytes();
+    if (unit.ny > 0) load(0), fill_row_spans<true>(at, spans, unit);
     const int tail = first_of_tail(p, at, unit);
     if (tail < 0) return;
     fill_zero(at, shared_q + tail * kRowBytes, kTailKeys * kRowBytes);
@@ -152,10 +159,20 @@ struct WindowDKDVBlock {
     fill_zero(at, stats + tail * 16, kTailKeys * 16);
   }
 
+  /// What the unit's keys are seen by; `of_kv`: which of the heads that share a key head.
+  __device__ __forceinline__ void load(int of_kv) const {
+    const int head = unit.head * p.heads_per_kv + of_kv;
+    load_box<kHeadDim>(p, at, unit, p.q, plane_base<const T>(p.q, batch, z, head), p.dout,
+                       plane_base<const T>(p.dout, batch, z, head), shared_q, shared_dout);
+    load_stats(head);
+    ptx::cp_async_commit();
+    if constexpr (kTables) fill_bias<T, true>(at, bias, p, head);
+  }
+
   /// Zeros behind the last row, but not into the next unit.
-  __device__ __forceinline__ void load_stats() const {
+  __device__ __forceinline__ void load_stats(int head) const {
     const int pitch = p.tiling.pitch, rows = unit.box_y.size(), row_stats = p.y.dilation * p.stats.y;
-    const uint4* base = plane_base<const uint4>(p.stats, batch, z, unit.head);
+    const uint4* base = plane_base<const uint4>(p.stats, batch, z, head);
 #pragma unroll 1
     for (int c = at.lane; c < pitch; c += 32) {
       const int x = unit.box_x.begin + detail::min(c, unit.box_x.size() - 1);
@@ -180,26 +197,57 @@ struct WindowDKDVBlock {
     make_fragments<kHeadDim>(a, words, p.zero);
   }
 
+  /// The next of the heads that share a key head; a block has one unit then.
+  __device__ __forceinline__ void load_head(int of_kv) const {
+    __syncthreads();  // all warps are done with the one before
+    if (unit.ny > 0) load(of_kv);
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+  }
+
+  /// Of queries that share this unit's head of keys. Instances without tables are for one.
+  __device__ __forceinline__ int heads() const { return kTables ? p.heads_per_kv : 1; }
+
   __device__ __forceinline__ void run() {
     const bool has_column = at.x + at.g < unit.nx;
     const int x = unit.x0 + detail::min(at.x + at.g, unit.nx - 1), step = p.tiling.row_pairs * 2;
     const int first = seen_from<true>(unit.x, unit.x0 + at.x).begin;
-    const int columns = seen_from<true>(unit.x, unit.x0 + detail::min(at.x + 7, unit.nx - 1)).end - first;
-    const Span seen = seen_from<true>(unit.x, x), mine{seen.begin - first, seen.end - first};
-    WindowDKDV<T, kHeadDim, kOctets> tile(p, at);
-    tile.weights = SplitWeights<T>::fragment(at.t);
+    const Span seen = seen_from<true>(unit.x, x);
+    typename Tile::Columns columns;
+    columns.columns = seen_from<true>(unit.x, unit.x0 + detail::min(at.x + 7, unit.nx - 1)).end - first;
+    columns.column = first - unit.box_x.begin;
+    columns.mine = {seen.begin - first, seen.end - first}, columns.dx = first - x;
+    Tile tile(p, at);
+    tile.weights[0] = SplitWeights<T>::fragment(at.t), tile.weights[1] = ptx::opaque(tile.weights[0], p.zero);
     tile.to_dout = shared_dout - shared_q;
     tile.row_bytes = p.tiling.pitch * kRowBytes, tile.row_stats = p.tiling.pitch * 16;
-    const int column = first - unit.box_x.begin;
     const Column<const T> k(p, p.k, batch, z, unit, x, at.t * 8), v(p, p.v, batch, z, unit, x, at.t * 8);
     const Column<T> dk(p, p.dk, batch, z, unit, x, stored_channel(at));
     const Column<T> dv(p, p.dv, batch, z, unit, x, stored_channel(at));
-    for (int y = at.row_pair * 2; y < unit.ny; y += step) {
-      const bool has_second = y + 1 < unit.ny;
-      load_fragments(tile.k, k, y), load_fragments(tile.v, v, y);
-      const RowPair rows(spans, y, has_second);
-      tile.attend(shared_q + rows.first_row * tile.row_bytes, stats + rows.first_row * tile.row_stats, rows, column,
-                  columns, mine);
+    tile.bias_table = bias;
+    for (int y = at.row_pair * 2; y < p.tiling.tile_y; y += step) {
+      const bool exists = at.x < unit.nx && y < unit.ny, has_second = y + 1 < unit.ny;
+      if (!exists && heads() == 1) break;
+      if (exists) load_fragments(tile.k, k, y), load_fragments(tile.v, v, y);
+      RowPair rows(spans, y, has_second);
+      if constexpr (kTables) set_bias_row(rows, p, unit, y);
+      const uint32_t queries = shared_q + rows.first_row * tile.row_bytes;
+      const uint32_t statistics = stats + rows.first_row * tile.row_stats;
+      set_zero(tile.acc_dk), set_zero(tile.acc_dv);
+      for (int i = 0; i < heads(); ++i) {
+        if (i > 0) load_head(i);
+        if (exists) tile.template pass<false>(queries, statistics, rows, columns);
+      }
+      if (!all_finite(tile)) {
+        Tile copy = tile;  // whose address may be taken
+        set_zero(copy.acc_dk), set_zero(copy.acc_dv);
+        for (int i = 0; i < heads(); ++i) {
+          if (heads() > 1) load_head(i);
+          if (exists) Tile::add_with_care(copy, queries, statistics, rows, columns);
+        }
+        tile.take_sums(copy);
+      }
+      if (!exists) continue;
       const auto store = [&](const Column<T>& to, const float(&acc)[kHeadDim / 8][4], float factor) {
         store_tile<T, kHeadDim>(to.at(y), to.row, at, acc, factor, factor, has_column, has_second);
       };
@@ -207,22 +255,35 @@ struct WindowDKDVBlock {
       if (p.dv.ptr) store(dv, tile.acc_dv, 1.0f);
     }
   }
+
+  /// Of the warp; of the block, where its warps load one head after the other together.
+  __device__ __forceinline__ bool all_finite(const Tile& tile) const {
+    const bool finite = tile.is_finite();
+    return heads() == 1 ? finite : !__syncthreads_or(!finite);
+  }
 };
+
+template <class T, int kHeadDim, int kOctets, bool kTables>
+__device__ __forceinline__ void run_window_dkdv(const WindowParams& p, uint32_t shared) {
+  WindowDKDVBlock<T, kHeadDim, kOctets, kTables> block(p, shared);
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  block.run();
+}
 
 template <class T, int kHeadDim, int kOctets>
 __global__ void __launch_bounds__(256, kHeadDim == 32 ? 2 : 1)
     window_dkdv_kernel(const __grid_constant__ WindowParams p) {
   extern __shared__ __align__(128) unsigned char smem[];
-  WindowDKDVBlock<T, kHeadDim, kOctets> block(p, ptx::shared_address(smem));
-  ptx::cp_async_wait<0>();
-  __syncthreads();
-  if (block.at.x < block.unit.nx) block.run();
+  const uint32_t shared = ptx::shared_address(smem);
+  if (p.bias_table.y > 0) return run_window_dkdv<T, kHeadDim, kOctets, true>(p, shared);
+  run_window_dkdv<T, kHeadDim, kOctets, false>(p, shared);
 }
 
 void launch_window_dkdv(const WindowParams& params, DType dtype, int head_dim, void* stream) {
   dispatch_window(dtype, head_dim, [&](auto element, auto dim) {
     using T = decltype(element);
-    const size_t bytes = window_shared_bytes(params, 2, dim, true);
+    const size_t bytes = window_shared_bytes(params, {.head_dim = dim, .stats = true});
     const auto go = [&](auto kernel) { launch_window(kernel, params, bytes, stream); };
     if (dim == 32 && params.octets() == 1) return go(window_dkdv_kernel<T, 32, 1>);
     go(window_dkdv_kernel<T, dim, 2>);

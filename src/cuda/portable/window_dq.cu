@@ -4,14 +4,18 @@
 // A block holds the key box of its units; a warp's tile of 2 x 8 queries walks over its key rows once:
 // S = Q K^T, dP - delta = dO V^T - delta (delta is the addend of the product), dS = exp2(S - lse) * (dP - delta),
 // dQ += dS K. delta = rowsum(dO * O) - dlse comes from the tile's own rows.
+//
+// With a bias, a block does every gridDim.x-th set of units: their head and columns are the same, so the sums of dS for
+// the gradient of the bias stay in shared memory until the end, see LaneSums.
 #include "cuda/launch.h"
 #include "cuda/portable/row_loader.cuh"
+#include "cuda/portable/window_bias.cuh"
 #include "cuda/portable/window_dispatch.cuh"
 #include "cuda/portable/window_stats.cuh"
 
 namespace natten::cuda_portable {
 
-template <class T, int kHeadDim, int kOctets>
+template <class T, int kHeadDim, int kOctets, bool kBias>
 struct WindowDQ {
   static constexpr int kWords = kHeadDim / 32, kKeyBytes = kHeadDim * 2;
   static constexpr int kStep = 3 - kOctets;  // key rows of a step of 16 keys
@@ -19,7 +23,8 @@ struct WindowDQ {
   const WindowParams& p;
   const Place at;
   uint32_t q[kHeadDim / 16][4], dout[kHeadDim / 16][4];
-  float mask[kOctets][4];
+  Addends<kOctets, kBias> addends;
+  uint32_t bias_sums;  // address of this lane's
   float lse_log2[2], minus_delta[4];
   uint32_t lane_row, lane_transposed, to_v, row_bytes;
   float acc[kHeadDim / 8][4];
@@ -29,6 +34,9 @@ struct WindowDQ {
   template <bool kCareful>
   __device__ __forceinline__ void pass(uint32_t offset, const RowPair& rows) {
     set_zero(acc);
+    uint32_t bias = rows.bias;
+    LaneSums sums;
+    if (kBias && !kCareful) sums.start(bias_sums, rows.bias_index);
 #pragma unroll 1
     for (int row = 0; row < rows.rows; row += kStep, offset += kStep * row_bytes) {
       const bool second_row = row + 1 < rows.rows;
@@ -43,7 +51,9 @@ struct WindowDQ {
       float s[2][4], dp[2][4];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        multiply_keys<T, kHeadDim>(s[h], q, k[h], mask[kOctets == 2 ? h : 0]);
+        float addend[4];
+        addends.load(addend, kOctets == 2 ? h : 0, bias + (kOctets == 2 ? 0 : h * p.bias_table.pitch));
+        multiply_keys<T, kHeadDim>(s[h], q, k[h], addend);
         multiply_keys<T, kHeadDim>(dp[h], dout, v[h], minus_delta);
       }
       uint32_t value[kHeadDim / 16][4], ds[4];
@@ -53,18 +63,25 @@ struct WindowDQ {
       for (int h = 0; h < 2; ++h) {
         const int key_row = kOctets == 2 ? row : row + h;
         const bool sees[2] = {key_row < rows.limit0, key_row >= rows.first1 && key_row < rows.rows};
-        float x[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float addend = sees[e / 2] ? -lse_log2[e / 2] : -INFINITY;
-          x[e] = ptx::exp2_approx(fmaf(s[h][e], p.scale_log2, addend)) * dp[h][e];
-          if (kCareful && !(sees[e / 2] && mask[kOctets == 2 ? h : 0][e] == 0)) x[e] = 0;
+          s[h][e] = ptx::exp2_approx(fmaf(s[h][e], p.scale_log2, addend)) * dp[h][e];
+          if (kCareful && !(sees[e / 2] && addends.sees(kOctets == 2 ? h : 0, e))) s[h][e] = 0;
         }
-        ds[2 * h] = ptx::pack<T>(x[0], x[1]), ds[2 * h + 1] = ptx::pack<T>(x[2], x[3]);
+        ds[2 * h] = ptx::pack<T>(s[h][0], s[h][1]), ds[2 * h + 1] = ptx::pack<T>(s[h][2], s[h][3]);
       }
+      if (kBias && !kCareful) add_to_bias(sums, s);
+      bias += kStep * p.bias_table.pitch;
       if (kCareful) clean(value);
       multiply_values<T, kHeadDim>(acc, ds, value);
     }
+    if (kBias && !kCareful) sums.finish();
+  }
+
+  __device__ static __forceinline__ void add_to_bias(LaneSums& sums, const float (&ds)[2][4]) {
+    if (kOctets == 1) return sums.add_row(ds[0]), sums.add_row(ds[1]);
+    sums.add_row({ds[0][0] + ds[1][0], ds[0][1] + ds[1][1], ds[0][2] + ds[1][2], ds[0][3] + ds[1][3]});
   }
 
   __device__ static __forceinline__ void clean(uint32_t (&value)[kHeadDim / 16][4]) {
@@ -74,43 +91,41 @@ struct WindowDQ {
       for (int i = 0; i < 4; ++i) value[j][i] = without_nonfinite<T>(value[j][i]);
   }
 
-  /// Non-finite sums may come from keys that are not seen: then once more, with care.
-  __device__ __forceinline__ void attend(uint32_t offset, const RowPair& rows) {
+  /// Whether the sums are finite. If not, it may come from keys that are not seen: then `again`, with care.
+  __device__ __forceinline__ bool attend(uint32_t offset, const RowPair& rows) {
     pass<false>(offset, rows);
-    if (__all_sync(~0u, finite_witness(acc, 0) + finite_witness(acc, 1) == 0)) return;
-    WindowDQ copy = *this;  // whose address may be taken
-    again(copy, offset, rows);
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) acc[n][e] = copy.acc[n][e];
+    return __all_sync(~0u, finite_witness(acc, 0) + finite_witness(acc, 1) == 0);
   }
   __device__ static __noinline__ void again(WindowDQ& tile, uint32_t offset, RowPair rows) {
     tile.template pass<true>(offset, rows);
   }
 };
 
-template <class T, int kHeadDim, int kOctets>
+template <class T, int kHeadDim, int kOctets, bool kBias>
 struct WindowDQBlock {
+  using Tile = WindowDQ<T, kHeadDim, kOctets, kBias>;
   static constexpr int kWords = kHeadDim / 32, kKeyBytes = kHeadDim * 2;
 
   const WindowParams& p;
   const Place at;
   int batch, z;
   Unit unit;  // of this warp
-  uint32_t shared_k, shared_v, spans;
+  uint32_t shared_k, shared_v, spans, bias;
 
-  __device__ __forceinline__ WindowDQBlock(const WindowParams& params, uint32_t shared) : p(params), at(params) {
+  __device__ __forceinline__ WindowDQBlock(const WindowParams& params, uint32_t shared, int block)
+      : p(params), at(params) {
     const WindowTiling& t = p.tiling;
-    int block = blockIdx.x, plane = p.by_blocks.split(block);
+    int plane = p.by_blocks.split(block);
     batch = p.by_z.split(plane), z = plane;
     const int keys = t.rows * t.pitch, all = t.units * keys;
     unit = decode_unit<false>(p, block * t.units + at.unit);
     shared_k = shared + at.unit * keys * kKeyBytes, shared_v = shared_k + (all + kTailKeys) * kKeyBytes;
     spans = shared + 2 * (all + kTailKeys) * kKeyBytes + at.unit * t.tile_y * 8;
+    bias = shared + 2 * (all + kTailKeys) * kKeyBytes + t.units * t.tile_y * 8;
     if (unit.ny > 0) {
-      load_box<kHeadDim>(p, at, unit, p.k, plane_base<const T>(p.k, batch, z, unit.head), p.v,
-                         plane_base<const T>(p.v, batch, z, unit.head), shared_k, shared_v);
+      const int head_kv = unit.head / p.heads_per_kv;
+      load_box<kHeadDim>(p, at, unit, p.k, plane_base<const T>(p.k, batch, z, head_kv), p.v,
+                         plane_base<const T>(p.v, batch, z, head_kv), shared_k, shared_v);
       fill_row_spans<false>(at, spans, unit);
     }
     ptx::cp_async_commit();
@@ -118,6 +133,16 @@ struct WindowDQBlock {
     if (tail < 0) return;
     fill_zero(at, shared_k + tail * kKeyBytes, kTailKeys * kKeyBytes);
     fill_zero(at, shared_v + tail * kKeyBytes, kTailKeys * kKeyBytes);
+  }
+
+  __device__ __forceinline__ uint32_t bias_of_unit() const { return bias + at.unit * p.bias_table.bytes(); }
+  __device__ __forceinline__ BiasSums bias_sums() const {
+    return BiasSums(p, bias + p.tiling.units * p.bias_table.bytes());
+  }
+  /// The tables of the bias and of its gradient.
+  __device__ __forceinline__ void start_bias() const {
+    if (unit.ny > 0) fill_bias<T, false>(at, bias_of_unit(), p, unit.head);
+    bias_sums().clear(at);
   }
 
   /// What a tile's two rows bring along, 16 bytes of each row per lane.
@@ -153,8 +178,15 @@ struct WindowDQBlock {
     const bool has_column = at.x + at.g < unit.nx;
     const int x = unit.x0 + detail::min(at.x + at.g, unit.nx - 1), step = p.tiling.row_pairs * 2;
     const Span first = seen_from<false>(unit.x, unit.x0 + at.x), mine = seen_from<false>(unit.x, x);
-    WindowDQ<T, kHeadDim, kOctets> tile(p, at);
-    column_mask<kOctets>(tile.mask, p, at, {mine.begin - first.begin, mine.end - first.begin});
+    Tile tile(p, at);
+    // No dS of a column that does not exist: it repeats the last one.
+    const Span seen = kBias && !has_column ? Span{x, x} : mine;
+    tile.addends.set(p, at, {seen.begin - first.begin, seen.end - first.begin}, first.begin - x, bias_of_unit());
+    if constexpr (kBias) {
+      const BiasSums sums = bias_sums();
+      sums.set_column(at, seen, x);
+      tile.bias_sums = sums.of_lane(at);
+    }
     const LaneAddresses<kHeadDim, kOctets> lane(at, first.begin - unit.box_x.begin);
     tile.lane_row = shared_k + lane.row, tile.lane_transposed = shared_k + lane.transposed;
     tile.to_v = shared_v - shared_k, tile.row_bytes = p.tiling.pitch * kKeyBytes;
@@ -170,14 +202,33 @@ struct WindowDQBlock {
       const Loaded l = load_tile(columns, y);
       take(tile, l);
       if (has_column && at.t == 0) store_stats(tile, stats, y, has_second, l);
-      const RowPair rows(spans, y, has_second);
-      tile.attend(rows.first_row * tile.row_bytes, rows);
-      if (!p.dq.ptr) continue;
-      store_tile<T, kHeadDim>(dq.at(y), dq.row, at, tile.acc, p.scale, p.scale, has_column, has_second);
+      RowPair rows(spans, y, has_second);
+      if constexpr (kBias) {
+        set_bias_row(rows, p, unit, y);
+        if (!has_second) rows.first1 = rows.rows;  // nor of a row
+      }
+      const uint32_t offset = rows.first_row * tile.row_bytes;
+      const auto store = [&](const Tile& result) {
+        if (p.dq.ptr)
+          store_tile<T, kHeadDim>(dq.at(y), dq.row, at, result.acc, p.scale, p.scale, has_column, has_second);
+      };
+      if (tile.attend(offset, rows)) {
+        store(tile);
+      } else {
+        Tile copy = tile;  // whose address may be taken
+        Tile::again(copy, offset, rows);
+        store(copy);
+      }
     }
   }
 
-  __device__ __forceinline__ void take(WindowDQ<T, kHeadDim, kOctets>& tile, const Loaded& l) const {
+  __device__ __forceinline__ void store(const Tile& tile, int y, int x, bool has_column, bool has_second) const {
+    if (!p.dq.ptr) return;
+    T* dq = plane_base<T>(p.dq, batch, z, unit.head) + unit.offset(p.dq, p, unit.y0 + y, x);
+    store_tile<T, kHeadDim>(dq, p.y.dilation * p.dq.y, at, tile.acc, p.scale, p.scale, has_column, has_second);
+  }
+
+  __device__ __forceinline__ void take(Tile& tile, const Loaded& l) const {
     constexpr float kLog2e = 1.44269504088896341f;
     make_fragments<kHeadDim>(tile.q, l.q, p.zero), make_fragments<kHeadDim>(tile.dout, l.dout, p.zero);
 #pragma unroll
@@ -187,36 +238,51 @@ struct WindowDQBlock {
       for (int w = 0; w < kWords; ++w) delta += dot_words<T>(l.dout[i][w], l.out[i][w]);
       const float minus_delta = l.dlse[i] - add_over_quad(delta);
       tile.minus_delta[2 * i] = minus_delta, tile.minus_delta[2 * i + 1] = minus_delta + p.zero_float;
-      tile.lse_log2[i] = l.lse[i] * kLog2e;
+      // A query to which the bias leaves no key has probabilities 0.
+      tile.lse_log2[i] = kBias && l.lse[i] == -INFINITY ? INFINITY : l.lse[i] * kLog2e;
     }
   }
 
-  __device__ __forceinline__ void store_stats(const WindowDQ<T, kHeadDim, kOctets>& tile, const Column<uint4>& stats,
-                                              int y, bool has_second, const Loaded& l) const {
+  __device__ __forceinline__ void store_stats(const Tile& tile, const Column<uint4>& stats, int y, bool has_second,
+                                              const Loaded& l) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (i == 1 && !has_second) continue;
-      const uint2 a = SplitWeights<T>::split(-l.lse[i] / p.scale);
+      const float lse = kBias && l.lse[i] == -INFINITY ? 0 : l.lse[i];  // logits are -infinity already
+      const uint2 a = SplitWeights<T>::split(-lse * p.inverse_scale);
       const uint2 b = SplitWeights<T>::split(tile.minus_delta[2 * i]);
       ptx::store_global_128(stats.at(y + i), uint4{a.x, a.y, b.x, b.y});
     }
   }
 };
 
+template <class T, int kHeadDim, int kOctets, bool kBias>
+__device__ __forceinline__ void run_window_dq(const WindowParams& p, uint32_t shared) {
+  for (int64_t i = blockIdx.x; i < p.num_blocks; i += gridDim.x) {
+    WindowDQBlock<T, kHeadDim, kOctets, kBias> block(p, shared, int(i));
+    if (kBias && i == blockIdx.x) block.start_bias();
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    if (block.at.x < block.unit.nx) block.run();
+    if (!kBias) return;
+    __syncthreads();
+    if (i + gridDim.x >= p.num_blocks && p.bias_sums) block.bias_sums().store();
+  }
+}
+
 template <class T, int kHeadDim, int kOctets>
 __global__ void __launch_bounds__(256, kHeadDim == 32 ? 2 : 1)
     window_dq_kernel(const __grid_constant__ WindowParams p) {
   extern __shared__ __align__(128) unsigned char smem[];
-  WindowDQBlock<T, kHeadDim, kOctets> block(p, ptx::shared_address(smem));
-  ptx::cp_async_wait<0>();
-  __syncthreads();
-  if (block.at.x < block.unit.nx) block.run();
+  const uint32_t shared = ptx::shared_address(smem);
+  if (p.bias_table.y > 0) return run_window_dq<T, kHeadDim, kOctets, true>(p, shared);
+  run_window_dq<T, kHeadDim, kOctets, false>(p, shared);
 }
 
 void launch_window_dq(const WindowParams& params, DType dtype, int head_dim, void* stream) {
   dispatch_window(dtype, head_dim, [&](auto element, auto dim) {
     using T = decltype(element);
-    const size_t bytes = window_shared_bytes(params, 2, dim, false);
+    const size_t bytes = window_shared_bytes(params, {.head_dim = dim, .bias_sums = true});
     const auto go = [&](auto kernel) { launch_window(kernel, params, bytes, stream); };
     if (dim == 32 && params.octets() == 1) return go(window_dq_kernel<T, 32, 1>);
     go(window_dq_kernel<T, dim, 2>);

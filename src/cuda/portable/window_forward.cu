@@ -7,11 +7,12 @@
 // with f16 the maximum comes first, from an extra pass over the keys.
 #include "cuda/launch.h"
 #include "cuda/portable/row_loader.cuh"
+#include "cuda/portable/window_bias.cuh"
 #include "cuda/portable/window_dispatch.cuh"
 
 namespace natten::cuda_portable {
 
-template <class T, int kHeadDim, int kOctets, bool kRing>
+template <class T, int kHeadDim, int kOctets, bool kRing, bool kBias>
 struct WindowForward {
   static constexpr int kWords = kHeadDim / 32, kKeyBytes = kHeadDim * 2;
   static constexpr int kStep = kOctets == 2 ? 2 : 4;  // key rows of an iteration: two steps of 16 keys
@@ -20,7 +21,7 @@ struct WindowForward {
   const WindowParams& p;
   const Place at;
   uint32_t q[kHeadDim / 16][4];  // A fragments
-  float mask[kOctets][4];
+  Addends<kOctets, kBias> addends;
   uint32_t lane_k, lane_v;  // addresses of the first key row's fragments
   uint32_t row_bytes, ring_bytes;
 
@@ -36,11 +37,13 @@ struct WindowForward {
     return kRing ? min(offset, offset - ring_bytes) : offset;  // unsigned: the difference of a smaller one is huge
   }
 
-  /// Logits before the scale, of 8 keys.
-  __device__ __forceinline__ void scores(float (&s)[4], uint32_t offset, int octet) const {
+  /// Logits before the scale, of 8 keys; `bias`: see RowPair.
+  __device__ __forceinline__ void scores(float (&s)[4], uint32_t offset, uint32_t bias, int octet) const {
     uint4 key[kWords];
+    float addend[4];
     load_key<kHeadDim>(key, lane_k + offset + octet * 8 * kKeyBytes);
-    multiply_keys<T, kHeadDim>(s, q, key, mask[octet]);
+    addends.load(addend, octet, bias);
+    multiply_keys<T, kHeadDim>(s, q, key, addend);
   }
 
   /// One step of 16 keys: rows `row` (and `row + 1`, if an octet is all there is of a row).
@@ -58,16 +61,16 @@ struct WindowForward {
       for (int e = 0; e < 4; ++e) {
         const float addend = sees[e / 2] ? -reference[e / 2] : -INFINITY;
         x[e] = ptx::exp2_approx(fmaf(s[h][e], p.scale_log2, addend));
-        const bool visible_key = sees[e / 2] && mask[kOctets == 2 ? h : 0][e] == 0;
+        const bool visible_key = sees[e / 2] && addends.sees(kOctets == 2 ? h : 0, e);
         if (kCareful && !visible_key) x[e] = 0;
       }
       row_sum[0] += x[0] + x[1], row_sum[1] += x[2] + x[3];
       probability[2 * h] = ptx::pack<T>(x[0], x[1]), probability[2 * h + 1] = ptx::pack<T>(x[2], x[3]);
       if (!kCareful) continue;
-      const float* m = mask[kOctets == 2 ? h : 0];
+      const int octet = kOctets == 2 ? h : 0;
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        visible[2 * h + i] = ptx::pack<T>(sees[i] && m[2 * i] == 0, sees[i] && m[2 * i + 1] == 0);
+        visible[2 * h + i] = ptx::pack<T>(sees[i] && addends.sees(octet, 0), sees[i] && addends.sees(octet, 1));
     }
     if (kCareful) count_nonfinite(value, visible, nonfinite);
     multiply_values<T, kHeadDim>(acc_o, probability, value);
@@ -105,8 +108,10 @@ struct WindowForward {
     set_zero(acc_o);
     row_sum[0] = row_sum[1] = 0;
     acc_sum[0] = acc_sum[1] = acc_sum[2] = acc_sum[3] = 0;
+    const uint32_t bias_pitch = kBias ? p.bias_table.pitch : 0;
+    uint32_t bias = rows.bias;
 #pragma unroll 1
-    for (int row = 0; row < rows.rows; row += kStep) {
+    for (int row = 0; row < rows.rows; row += kStep, bias += kStep * bias_pitch) {
       uint32_t of[kStep];  // rows past the last one repeat it and are masked
       of[0] = offset;
 #pragma unroll
@@ -115,7 +120,10 @@ struct WindowForward {
 #pragma unroll
       for (int k = 0; k < 2; ++k)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) scores(s[k][h], of[kOctets == 2 ? k : 2 * k + h], kOctets == 2 ? h : 0);
+        for (int h = 0; h < 2; ++h) {
+          const int i = kOctets == 2 ? k : 2 * k + h;
+          scores(s[k][h], of[i], bias + i * bias_pitch, kOctets == 2 ? h : 0);
+        }
 #pragma unroll
       for (int k = 0; k < 2; ++k)
         add_step<kCareful>(s[k], row + (kOctets == 2 ? k : 2 * k), of[kOctets == 2 ? k : 2 * k],
@@ -128,12 +136,13 @@ struct WindowForward {
   /// The true maximum as reference, of rows that are not `good`.
   __device__ __forceinline__ void take_maximum(uint32_t offset, const RowPair& rows, bool good0, bool good1) {
     float maximum[2] = {-INFINITY, -INFINITY};
+    uint32_t bias = rows.bias;
 #pragma unroll 1
-    for (int row = 0; row < rows.rows; ++row, offset = next_row(offset))
+    for (int row = 0; row < rows.rows; ++row, offset = next_row(offset), bias += p.bias_table.pitch)
 #pragma unroll
       for (int h = 0; h < kOctets; ++h) {
         float s[4];
-        scores(s, offset, h);
+        scores(s, offset, bias, h);
         if (row < rows.limit0) maximum[0] = fmaxf(maximum[0], fmaxf(s[0], s[1]));
         if (row >= rows.first1) maximum[1] = fmaxf(maximum[1], fmaxf(s[2], s[3]));
       }
@@ -141,6 +150,7 @@ struct WindowForward {
     for (int i = 0; i < 2; ++i) {
       maximum[i] = fmaxf(maximum[i], __shfl_xor_sync(~0u, maximum[i], 1));
       maximum[i] = fmaxf(maximum[i], __shfl_xor_sync(~0u, maximum[i], 2));
+      if (kBias && maximum[i] == -INFINITY) maximum[i] = 0;  // the bias leaves it no key
     }
     if (!good0) reference[0] = maximum[0] * p.scale_log2;
     if (!good1) reference[1] = maximum[1] * p.scale_log2;
@@ -173,29 +183,17 @@ struct WindowForward {
       }
   }
 
-  __device__ __forceinline__ void take_results(const WindowForward& other) {
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) acc_o[n][e] = other.acc_o[n][e];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) row_sum[i] = other.row_sum[i], reference[i] = other.reference[i];
-    acc_sum[0] = other.acc_sum[0], acc_sum[2] = other.acc_sum[2];
-  }
-
   __device__ __forceinline__ bool quad_all(bool x) const {
     return (__ballot_sync(~0u, x) >> (at.lane & ~3) & 15) == 15;
   }
 
-  __device__ __forceinline__ void attend(uint32_t offset, const RowPair& rows) {
+  /// Whether the results are right; if not, they need `again`.
+  __device__ __forceinline__ bool attend(uint32_t offset, const RowPair& rows) {
     reference[0] = reference[1] = 0;
     if (kMaximumFirst) take_maximum(offset, rows, false, false);
     float unused[kHeadDim / 8][4];
     pass<false>(offset, rows, unused);
-    if (__all_sync(~0u, is_good(0) && is_good(1))) return;
-    WindowForward copy = *this;  // whose address may be taken
-    again(copy, offset, rows);
-    take_results(copy);
+    return __all_sync(~0u, is_good(0) && is_good(1));
   }
 
   /// NOTE: a function of its own, so that its registers are not spilled in every tile.
@@ -204,15 +202,16 @@ struct WindowForward {
   }
 };
 
-template <class T, int kHeadDim, int kOctets, bool kRing>
+template <class T, int kHeadDim, int kOctets, bool kRing, bool kBias>
 struct WindowForwardBlock {
+  using Tile = WindowForward<T, kHeadDim, kOctets, kRing, kBias>;
   static constexpr int kWords = kHeadDim / 32, kKeyBytes = kHeadDim * 2;
 
   const WindowParams& p;
   const Place at;
   int batch, z;
   Unit unit;  // of this warp
-  uint32_t shared_k, shared_v, spans;
+  uint32_t shared_k, shared_v, spans, bias;
   RowLoader<kHeadDim, true> ring;
 
   __device__ __forceinline__ WindowForwardBlock(const WindowParams& params, uint32_t shared) : p(params), at(params) {
@@ -223,8 +222,10 @@ struct WindowForwardBlock {
     unit = decode_unit<false>(p, block * t.units + at.unit);
     shared_k = shared + at.unit * keys * kKeyBytes, shared_v = shared_k + (all + kTailKeys) * kKeyBytes;
     spans = shared + 2 * (all + kTailKeys) * kKeyBytes + at.unit * t.tile_y * 8;
+    bias = shared + 2 * (all + kTailKeys) * kKeyBytes + t.units * t.tile_y * 8 + at.unit * p.bias_table.bytes();
     if (unit.ny > 0) load_rows(), fill_row_spans<false>(at, spans, unit);
     ptx::cp_async_commit();
+    if (kBias && unit.ny > 0) fill_bias<T, false>(at, bias, p, unit.head);
     const int tail = first_of_tail(p, at, unit);
     if (tail < 0) return;
     fill_zero(at, shared_k + tail * kKeyBytes, kTailKeys * kKeyBytes);
@@ -258,8 +259,8 @@ struct WindowForwardBlock {
 
     const Span first = seen_from<false>(unit.x, unit.x0 + detail::min(at.x, unit.nx - 1));
     const Span mine = seen_from<false>(unit.x, x);
-    WindowForward<T, kHeadDim, kOctets, kRing> tile(p, at);
-    column_mask<kOctets>(tile.mask, p, at, {mine.begin - first.begin, mine.end - first.begin});
+    Tile tile(p, at);
+    tile.addends.set(p, at, {mine.begin - first.begin, mine.end - first.begin}, first.begin - x, bias);
     const int column = has_octet ? first.begin - unit.box_x.begin : 0;
     const int key = column + at.g, value = column + (kOctets == 2 ? at.lane & 15 : at.lane & 7);
     tile.lane_k = shared_k + key * kKeyBytes + ((at.t ^ chunk_swizzle<kHeadDim>(key)) << 4);
@@ -277,13 +278,25 @@ struct WindowForwardBlock {
       make_fragments<kHeadDim>(tile.q, next, p.zero);
       load_queries(detail::min(y + step, unit.ny - 1));
       const bool has_second = y + 1 < unit.ny;
-      const RowPair rows(spans, y, has_second);
+      RowPair rows(spans, y, has_second);
+      if constexpr (kBias) set_bias_row(rows, p, unit, y);
       int slot = rows.first_row;
       if (kRing) p.by_rows.split(slot);
-      tile.attend(slot * tile.row_bytes, rows);
-      store_tile<T, kHeadDim>(out.at(y), out.row, at, tile.acc_o, ptx::reciprocal_approx(tile.acc_sum[0]),
-                              ptx::reciprocal_approx(tile.acc_sum[2]), has_column, has_second);
-      if (p.lse.ptr && has_column && at.t == 0) store_lse(tile, lse.at(y), has_second ? lse.row : 0);
+      const uint32_t offset = slot * tile.row_bytes;
+      const auto store = [&](const Tile& result) {
+        // The bias may leave a query no key: 0, not 0 * infinity.
+        const auto factor = [](float sum) { return ptx::reciprocal_approx(kBias ? fmaxf(sum, 1e-37f) : sum); };
+        store_tile<T, kHeadDim>(out.at(y), out.row, at, result.acc_o, factor(result.acc_sum[0]),
+                                factor(result.acc_sum[2]), has_column, has_second);
+        if (p.lse.ptr && has_column && at.t == 0) store_lse(result, lse.at(y), has_second ? lse.row : 0);
+      };
+      if (tile.attend(offset, rows)) {
+        store(tile);
+      } else {
+        Tile copy = tile;  // whose address may be taken
+        Tile::again(copy, offset, rows);
+        store(copy);
+      }
     }
   }
 
@@ -299,8 +312,7 @@ struct WindowForwardBlock {
   }
 
   /// NOTE: without a second row, once more the first.
-  __device__ __forceinline__ void store_lse(const WindowForward<T, kHeadDim, kOctets, kRing>& tile, float* lse,
-                                            int to_second) const {
+  __device__ __forceinline__ void store_lse(const Tile& tile, float* lse, int to_second) const {
     constexpr float kLn2 = 0.693147180559945f;
     const float first = kLn2 * (tile.reference[0] + ptx::log2_approx(tile.row_sum[0]));
     const float second = kLn2 * (tile.reference[1] + ptx::log2_approx(tile.row_sum[1]));
@@ -309,19 +321,28 @@ struct WindowForwardBlock {
   }
 };
 
+template <class T, int kHeadDim, int kOctets, bool kRing, bool kBias>
+__device__ __forceinline__ void run_window_forward(const WindowParams& p, uint32_t shared) {
+  WindowForwardBlock<T, kHeadDim, kOctets, kRing, kBias> block(p, shared);
+  if (kRing && block.unit.ny == 0) return;
+  block.run();
+}
+
+/// NOTE: with and without a bias in one kernel, so that neither pays for the other's instructions and both share an
+/// instance; registers are the larger of the two.
 template <class T, int kHeadDim, int kOctets, bool kRing>
 __global__ void __launch_bounds__(kRing || kOctets == 1 ? 128 : 256, (kRing || kOctets == 1 ? 4 : 2) - (kHeadDim == 64))
     window_forward_kernel(const __grid_constant__ WindowParams p) {
   extern __shared__ __align__(128) unsigned char smem[];
-  WindowForwardBlock<T, kHeadDim, kOctets, kRing> block(p, ptx::shared_address(smem));
-  if (kRing && block.unit.ny == 0) return;
-  block.run();
+  const uint32_t shared = ptx::shared_address(smem);
+  if (p.bias_table.y > 0) return run_window_forward<T, kHeadDim, kOctets, kRing, true>(p, shared);
+  run_window_forward<T, kHeadDim, kOctets, kRing, false>(p, shared);
 }
 
 void launch_window_forward(const WindowParams& params, DType dtype, int head_dim, void* stream) {
   dispatch_window(dtype, head_dim, [&](auto element, auto dim) {
     using T = decltype(element);
-    const size_t bytes = window_shared_bytes(params, 2, dim, false);
+    const size_t bytes = window_shared_bytes(params, {.head_dim = dim});
     const auto go = [&](auto kernel) { launch_window(kernel, params, bytes, stream); };
     if (params.tiling.ring) return go(window_forward_kernel<T, dim, 2, true>);
     if (params.octets() == 1) return go(window_forward_kernel<T, dim, 1, false>);

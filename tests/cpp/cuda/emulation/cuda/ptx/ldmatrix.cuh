@@ -39,6 +39,10 @@ inline uint32_t load_shared_32(uint32_t address) { return emulated_load<uint32_t
 inline uint2 load_shared_64(uint32_t address) { return emulated_load<uint2>(emulation::shared(address, 8)); }
 inline uint4 load_shared_128(uint32_t address) { return emulated_load<uint4>(emulation::shared(address, 16)); }
 inline void store_shared_32(uint32_t address, uint32_t v) { std::memcpy(emulation::shared(address, 4), &v, 4); }
+inline void store_shared_64(uint32_t address, uint32_t a, uint32_t b) {
+  const uint32_t words[2] = {a, b};
+  std::memcpy(emulation::shared(address, 8), words, 8);
+}
 inline void store_shared_128(uint32_t address, uint4 v) { std::memcpy(emulation::shared(address, 16), &v, 16); }
 
 inline uint4 load_global_128(const void* p) {
