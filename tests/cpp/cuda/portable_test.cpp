@@ -58,6 +58,18 @@ TEST_P(SmallWindows, IsNearTheDenseAttention) {
 const auto kName = [](const auto& info) { return info.param.name; };
 INSTANTIATE_TEST_SUITE_P(Portable, SmallWindows, testing::ValuesIn(test::small_window_cases()), kName);
 
+TEST(SmallWindow, TakesABiasAndSharedKeyHeads) {
+  for (const bool bias : {false, true})
+    for (const int kv : {1, 2, 4}) {
+      const Case c{.name = "", .axes = {{21, 7}, {37, 7}}, .heads = 4, .heads_kv = kv, .head_dim = 32, .bias = bias};
+      for (const Pass pass : {Pass::forward, Pass::backward}) {
+        const std::vector<Plan> list = plans(c.problem(DType::bf16), pass);
+        ASSERT_FALSE(list.empty());
+        EXPECT_EQ(list[0].variant, "window") << "bias " << bias << ", key heads " << kv;
+      }
+    }
+}
+
 /// Whether results stay the same bits, for all queries, or change to something that is not finite.
 void check_containment(Operands& operands, const Plan& plan, test::Tensor& poisoned, double bad) {
   SCOPED_TRACE(natten::to_string(plan));
