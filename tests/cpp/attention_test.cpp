@@ -43,7 +43,7 @@ void check_forward(const Case& c, DType dtype) {
   for (const Plan& plan : plans(operands.problem, Pass::forward)) {
     SCOPED_TRACE(natten::to_string(plan));
     run(operands, Pass::forward, plan);
-    reference.check(operands, Pass::forward);
+    reference.check(operands, Pass::forward, plan);
   }
 }
 
@@ -55,7 +55,7 @@ void check_backward(const Case& c, DType dtype) {
   for (const Plan& plan : plans(operands.problem, Pass::backward)) {
     SCOPED_TRACE(natten::to_string(plan));
     run(operands, Pass::backward, plan);
-    reference.check(operands, Pass::backward);
+    reference.check(operands, Pass::backward, plan);
   }
 }
 

@@ -199,7 +199,7 @@ void check_bias(Change change) {
         for (const Plan& plan : natten::list_plans(operands.problem, pass, test::kDevice).plans) {
           SCOPED_TRACE(natten::to_string(plan) + (pass == Pass::forward ? " forward" : " backward"));
           run(operands, pass, plan);
-          reference.check(operands, pass);
+          reference.check(operands, pass, plan);
         }
       }
     }

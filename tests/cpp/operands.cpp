@@ -158,6 +158,12 @@ double round_like(double x) {
   return round_to(kType, x);
 }
 
+double round_to_tf32(double x) {
+  if (x == 0.0 || !std::isfinite(x)) return x;
+  const int last_bit = std::ilogb(x) - 10;
+  return std::ldexp(std::nearbyint(std::ldexp(x, -last_bit)), last_bit);
+}
+
 double largest(const dense::Array& values) {
   double m = 0.0;
   for (const double x : values)
@@ -189,10 +195,18 @@ const dense::Array& result(const dense::Results& results, const std::string& nam
 
 }  // namespace
 
+bool in_tf32(const natten::Plan& plan) { return plan.variant.ends_with("-tf32"); }
+
 Reference::Reference(const Operands& operands)
     : dtype_(operands.problem.dtype), scale_(operands.problem.scale), inputs_(operands.dense_inputs()) {
   const dense::Problem problem = to_dense(operands.problem);
   exact_ = dense::attention(problem, inputs_);
+  if (dtype_ == DType::f32 && kDevice == natten::DeviceKind::cuda) {
+    dense::Inputs in = inputs_;
+    for (dense::Array* x : {&in.q, &in.k, &in.v, &in.extra_k, &in.extra_v, &in.dout})
+      std::transform(x->begin(), x->end(), x->begin(), round_to_tf32);
+    in_tf32_ = dense::attention(problem, in, {.stored = nullptr, .scores = round_to_tf32});
+  }
   if (size_of(dtype_) > 2) return;
   const dense::Round round = dtype_ == DType::bf16 ? round_like<DType::bf16> : round_like<DType::f16>;
   rounded_.push_back(dense::attention(problem, inputs_, {.stored = round, .scores = nullptr}));
@@ -214,11 +228,14 @@ double Reference::term(const std::string& name) const {
 /// - Where terms cancel (window 1, saturated softmax) their roundoff is left.
 /// - Half types: FlashAttention's rule, twice the error of a dense computation in that precision, at least the rounding
 ///   of the largest result. Where errors of few elements cancel by chance, storing less of it may err more: the larger.
-double Reference::tolerance(const std::string& name) const {
+/// - TF32: four times the error of a dense computation whose factors are rounded to it, at least that of one term.
+double Reference::tolerance(const std::string& name, bool tf32) const {
   const dense::Array& exact = result(exact_, name);
   const DType sums = natten::accumulator_of(dtype_);
   const double relative = std::max(sums == DType::f64 ? 1e-12 : 1e-5, 8.0 * unit_roundoff(sums) * exact_.max_logit);
   const double in_sums = relative * largest(exact) + 16.0 * unit_roundoff(sums) * term(name);
+  if (tf32)
+    return in_sums + std::max(0x1p-11 * term(name), 4.0 * largest_difference(exact, result(in_tf32_, name)));
   if (rounded_.empty() || name == "lse") return in_sums;
   double by_rounding = unit_roundoff(dtype_) * largest(exact);
   for (const dense::Results& rounded : rounded_)
@@ -226,12 +243,12 @@ double Reference::tolerance(const std::string& name) const {
   return in_sums + by_rounding;
 }
 
-void Reference::check(Operands& operands, Pass pass) const {
+void Reference::check(Operands& operands, Pass pass, const natten::Plan& plan) const {
   for (const auto& [name, tensor] : operands.outputs(pass)) {
     const dense::Array& exact = result(exact_, name);
     const dense::Array values = tensor->values();
     ASSERT_EQ(values.size(), exact.size()) << name;
-    const double limit = tolerance(name), difference = largest_difference(values, exact);
+    const double limit = tolerance(name, in_tf32(plan)), difference = largest_difference(values, exact);
     EXPECT_TRUE(difference <= limit) << name << " is off by " << difference << ", may be by " << limit
                                      << "; the largest value is " << largest(exact);
   }

@@ -40,6 +40,9 @@ struct Operands {
 
 dense::Problem to_dense(const natten::Problem& problem);
 
+/// Whether a plan multiplies floats in TF32.
+bool in_tf32(const natten::Plan& plan);
+
 /// Poisons the outputs, runs the plan in a workspace with guard bands and reports (EXPECT) every byte that changed
 /// outside of the outputs.
 void run(Operands& operands, natten::Pass pass, const natten::Plan& plan,
@@ -55,11 +58,11 @@ std::vector<std::vector<std::byte>> snapshot(Operands& operands, natten::Pass pa
 class Reference {
  public:
   explicit Reference(const Operands& operands);
-  /// EXPECTs every output of the pass to be as near to the dense attention as its type allows.
-  void check(Operands& operands, natten::Pass pass) const;
+  /// EXPECTs every output of the pass to be as near to the dense attention as its type and the plan allow.
+  void check(Operands& operands, natten::Pass pass, const natten::Plan& plan) const;
 
  private:
-  double tolerance(const std::string& name) const;
+  double tolerance(const std::string& name, bool tf32) const;
   double term(const std::string& name) const;
 
   natten::DType dtype_;
@@ -67,6 +70,7 @@ class Reference {
   dense::Inputs inputs_;
   dense::Results exact_;
   std::vector<dense::Results> rounded_;  // for half types: what they do to a dense computation
+  dense::Results in_tf32_;               // for float on CUDA: the same for TF32
 };
 
 }  // namespace test

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 // From run-time element types and sizes to kernel instances, and their launch.
 #pragma once
-#include <algorithm>
 #include <type_traits>
 
 #include "core/element.h"
@@ -13,13 +12,17 @@ namespace natten::cuda_portable {
 /// Calls f(element, head dim bucket) with the types that a problem's kernel is compiled for.
 template <class F>
 void dispatch_kernel(const BoxesParams& p, F&& f) {
-  const int dim = std::max(p.problem.head_dim, p.problem.head_dim_v);
-  const auto by_dim = [&](auto element) {
-    if (dim <= 32) return f(element, std::integral_constant<int, 32>{});
-    if (dim <= 64) return f(element, std::integral_constant<int, 64>{});
-    if (dim <= 128) return f(element, std::integral_constant<int, 128>{});
-    return f(element, std::integral_constant<int, 256>{});
+  const int dim = bucket(p.problem);
+  const auto middle = [&](auto element) {
+    if (dim == 64) return f(element, std::integral_constant<int, 64>{});
+    return f(element, std::integral_constant<int, 128>{});
   };
+  const auto by_dim = [&](auto element) {
+    if (dim == 32) return f(element, std::integral_constant<int, 32>{});
+    if (dim == 256) return f(element, std::integral_constant<int, 256>{});
+    return middle(element);
+  };
+  if (p.problem.dtype == DType::f32) return middle(float{});
   return p.problem.dtype == DType::bf16 ? by_dim(bf16{}) : by_dim(f16{});
 }
 

@@ -41,7 +41,7 @@ void check(const Case& c, DType dtype) {
     for (const Plan& plan : plans(operands.problem, pass)) {
       SCOPED_TRACE(natten::to_string(plan));
       run(operands, pass, plan);
-      reference.check(operands, pass);
+      reference.check(operands, pass, plan);
       const auto first = test::snapshot(operands, pass);
       run(operands, pass, plan);
       EXPECT_TRUE(test::snapshot(operands, pass) == first) << "other bits in a repetition";
@@ -52,7 +52,7 @@ void check(const Case& c, DType dtype) {
 class SmallWindows : public testing::TestWithParam<Case> {};
 
 TEST_P(SmallWindows, IsNearTheDenseAttention) {
-  for (const DType dtype : {DType::bf16, DType::f16}) check(GetParam(), dtype);
+  for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) check(GetParam(), dtype);
 }
 
 const auto kName = [](const auto& info) { return info.param.name; };
@@ -84,7 +84,7 @@ void check_containment(Operands& operands, const Plan& plan, test::Tensor& poiso
 
 TEST(SmallWindow, ContainsNaNAndInfinityInKeysAndValues) {
   constexpr double kNaN = std::numeric_limits<double>::quiet_NaN(), kInfinity = HUGE_VAL;
-  for (const DType dtype : {DType::bf16, DType::f16})
+  for (const DType dtype : {DType::bf16, DType::f16, DType::f32})
     for (const natten::Axis& y : {natten::Axis{19, 5, 1, 1, false}, natten::Axis{18, 4, 1, 3, true}}) {
       Case c{.name = "", .axes = {y, natten::Axis{21, 7, 1, 1, false}}};
       c.batch = 2, c.heads = 2, c.head_dim = 32;
