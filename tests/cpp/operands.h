@@ -48,6 +48,9 @@ bool in_tf32(const natten::Plan& plan);
 void run(Operands& operands, natten::Pass pass, const natten::Plan& plan,
          const natten::Executor& executor = natten::serial_executor());
 
+/// The out and lse that `backward` gets: those of the best forward plan, which is what a user gets, in TF32 for TF32.
+void run_forward_for(Operands& operands, const natten::Plan& backward);
+
 /// Runs the tasks on the calling thread, last one first, and says that there are `num_threads`.
 natten::Executor reverse_executor(int num_threads);
 
@@ -70,7 +73,6 @@ class Reference {
   dense::Inputs inputs_;
   dense::Results exact_;
   std::vector<dense::Results> rounded_;  // for half types: what they do to a dense computation
-  dense::Results in_tf32_;               // for float on CUDA: the same for TF32
 };
 
 }  // namespace test
