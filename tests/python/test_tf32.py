@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""T-54: products of float32 are in TF32 only where torch's switch or the plan says so. What the front asks for, shown on
+"""T-54: products of float32 are in TF32 only where the switch of torch or the plan says so. What the front asks for, on
 fake CUDA tensors; what a GPU makes of it is in test_cuda.py."""
 
 import pytest

@@ -84,7 +84,8 @@ BoxesParams forward_params(const Problem& p, const ForwardArgs& args, bool tf32)
   BoxesParams params;
   params.tf32 = tf32;
   params.problem = p;
-  params.q = rows(p, args.q, p.head_dim), params.k = rows(p, args.k, p.head_dim), params.v = rows(p, args.v, p.head_dim_v);
+  params.q = rows(p, args.q, p.head_dim), params.k = rows(p, args.k, p.head_dim);
+  params.v = rows(p, args.v, p.head_dim_v);
   params.extra_k = rows(p, args.extra_k, p.head_dim), params.extra_v = rows(p, args.extra_v, p.head_dim_v);
   params.out = rows(p, args.out, p.head_dim_v);
   params.bias = args.bias, params.lse = args.lse;
@@ -117,7 +118,8 @@ const char* why_not_boxes(const Problem& p, Pass pass) {
   // Tiles of one token are the most that there can be.
   if (double(p.batch) * double(p.tokens()) * p.heads > double(kMostItems)) return "there are more than 2^31 queries";
   const int columns = 4 * block_n(p), tile = (pass == Pass::forward ? 1 : 2) * kBlockM;
-  const int shared = (columns + tile) * bucket(p) * size_of(p.dtype) + (p.has_bias && pass == Pass::backward ? 16384 : 0) + 4096;
+  const int shared =
+      (columns + tile) * bucket(p) * size_of(p.dtype) + (p.has_bias && pass == Pass::backward ? 16384 : 0) + 4096;
   if (shared > cuda::current_device()->max_shared_bytes) return "it needs more shared memory than this GPU has";
   return nullptr;
 }

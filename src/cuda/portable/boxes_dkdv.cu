@@ -170,7 +170,7 @@ void launch_dkdv(const BoxesParams& params, void* stream) {
     using T = decltype(element);
     using Kernel = DKDV<T, head_dim>;
     const dim3 grid(params.num_items, head_dim / Kernel::kSlice);
-    launch(dkdv_kernel<T, head_dim>, grid, Kernel::Map::kBytes, stream, params);
+    cuda::launch(dkdv_kernel<T, head_dim>, grid, kThreads, Kernel::Map::kBytes, stream, params);
   });
 }
 

@@ -208,8 +208,9 @@ void launch_dq(const BoxesParams& params, void* stream) {
     using T = decltype(element);
     using Kernel = DQ<T, head_dim>;
     const bool bias = params.bias_sums;
-    launch(dq_kernel<T, head_dim>, bias ? params.problem.heads * params.bias_pieces : params.num_items,
-           Kernel::Map::kBytes + (bias ? Kernel::kStagingBytes : 0), stream, params);
+    const int blocks = bias ? params.problem.heads * params.bias_pieces : params.num_items;
+    const uint32_t shared_bytes = Kernel::Map::kBytes + (bias ? Kernel::kStagingBytes : 0);
+    cuda::launch(dq_kernel<T, head_dim>, blocks, kThreads, shared_bytes, stream, params);
   });
 }
 

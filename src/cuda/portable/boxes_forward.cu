@@ -170,7 +170,7 @@ void launch_forward(const BoxesParams& params, void* stream) {
   dispatch_kernel(params, [&](auto element, auto head_dim) {
     using T = decltype(element);
     using Map = typename Forward<T, head_dim>::Map;
-    launch(forward_kernel<T, head_dim>, params.num_items, Map::kBytes, stream, params);
+    cuda::launch(forward_kernel<T, head_dim>, params.num_items, kThreads, Map::kBytes, stream, params);
   });
 }
 

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: MIT
-// From run-time element types and sizes to kernel instances, and their launch.
+// From run-time element types and sizes to instances of the "boxes" kernels.
 #pragma once
 #include <type_traits>
 
 #include "core/element.h"
-#include "cuda/launch.h"
 #include "cuda/portable/boxes.h"
 
 namespace natten::cuda_portable {
@@ -24,15 +23,6 @@ void dispatch_kernel(const BoxesParams& p, F&& f) {
   };
   if (p.problem.dtype == DType::f32) return middle(float{});
   return p.problem.dtype == DType::bf16 ? by_dim(bf16{}) : by_dim(f16{});
-}
-
-/// One kernel on `stream`, with kThreads threads per block.
-template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, size_t shared_bytes, void* stream,
-            const Arguments&... arguments) {
-  if (shared_bytes > 48 * 1024)
-    NATTEN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
-  cuda::launch(kernel, grid, kThreads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace natten::cuda_portable

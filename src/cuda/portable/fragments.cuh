@@ -48,7 +48,7 @@ __device__ __forceinline__ void multiply_add(float (&acc)[kOut / 8][4], const fl
   }
 }
 
-/// The same of floats, of whose channels there are `dim`; `tf32` is exact enough, or not.
+/// The same for every element type. Only floats ask how many channels there are, and whether tf32 is exact enough.
 template <class T, int kHeadDim, int kBlockN>
 __device__ __forceinline__ void multiply_transposed(float (&acc)[kBlockN / 8][4], uint32_t rows, uint32_t columns,
                                                     int dim, bool tf32) {

@@ -36,8 +36,8 @@ struct Operand {
 
 /// acc += a * b, of which b is words `i` and `j` of a larger operand.
 template <bool kExact, int kWords>
-__device__ __forceinline__ void multiply(float (&acc)[4], const Operand<kExact, 4>& a,
-                                         const Operand<kExact, kWords>& b, int i, int j) {
+__device__ __forceinline__ void multiply(float (&acc)[4], const Operand<kExact, 4>& a, const Operand<kExact, kWords>& b,
+                                         int i, int j) {
   if constexpr (kExact) {
     ptx::mma_1688_tf32(acc, a.small, b.big[i], b.big[j]);
     ptx::mma_1688_tf32(acc, a.big, b.small[i], b.small[j]);
@@ -53,8 +53,8 @@ __device__ __forceinline__ void add(float (&acc)[kCount][4], int first, const fl
     for (int e = 0; e < 4; ++e) acc[first + n][e] += sum[n][e];
 }
 
-/// As its namesake in fragments.cuh; a chunk has four floats, and ldmatrix moves words as it moves pairs of halves. Of
-/// the `dim` channels that there are, those beyond the last 32 are not looked at.
+/// As its namesake in fragments.cuh; a chunk has four floats, and ldmatrix moves words as it moves pairs of halves.
+/// Channels are taken 32 at a time while there are any, `dim` in all: so buckets of 64 and 128 suffice.
 template <bool kExact, int kHeadDim, int kBlockN>
 __device__ __forceinline__ void multiply_transposed(float (&acc)[kBlockN / 8][4], uint32_t rows, uint32_t columns,
                                                     int dim) {
@@ -87,8 +87,8 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[kBlockN / 8][4]
 
 /// As its namesake in fragments.cuh, but for the order of keys and channels, neither of which matters to an mma:
 /// - Keys 2t and 2t + 1 of eight stand at depths t and t + 4, so that accumulators are operands as they are.
-/// - Column g of four accumulators is channels 4g .. 4g + 3 of 32, so that a thread reads 16 bytes of a key at once, and
-///   the threads that read together find eight chunks in eight different places.
+/// - Column g of four accumulators is channels 4g .. 4g + 3 of 32, so a thread reads 16 bytes of a key at once, and
+///   the eight threads that do so together meet every bank once.
 template <bool kExact, int kHeadDim, int kBlockN>
 __device__ __forceinline__ void multiply_add(float (&acc)[kHeadDim / 8][4], const float (&p)[kBlockN / 8][4],
                                              uint32_t columns, int dim) {
@@ -100,8 +100,8 @@ __device__ __forceinline__ void multiply_add(float (&acc)[kHeadDim / 8][4], cons
     clear(sum);
 #pragma unroll
     for (int k = 0; k < kBlockN / 8; ++k) {
-      const Operand<kExact, 4> a({__float_as_uint(p[k][0]), __float_as_uint(p[k][2]), __float_as_uint(p[k][1]),
-                                  __float_as_uint(p[k][3])});
+      const Operand<kExact, 4> a(
+          {__float_as_uint(p[k][0]), __float_as_uint(p[k][2]), __float_as_uint(p[k][1]), __float_as_uint(p[k][3])});
       const uint4 x = ptx::load_shared_128(columns + swizzled<float, kHeadDim>(8 * k + 2 * t, first / 4 + g));
       const uint4 y = ptx::load_shared_128(columns + swizzled<float, kHeadDim>(8 * k + 2 * t + 1, first / 4 + g));
       const Operand<kExact, 8> b({x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w});

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 // What surrounds the backward kernels: one pass over dout and out before, one over the sums for the bias after them.
 // They wait for memory, so the element type is a branch at run time.
+#include "core/element.h"
 #include "cuda/launch.h"
-#include "cuda/portable/dispatch.cuh"
+#include "cuda/portable/boxes.h"
 #include "cuda/ptx/ldmatrix.cuh"
 
 namespace natten::cuda_portable {
@@ -78,12 +79,13 @@ __global__ void reduce_bias_kernel(const __grid_constant__ BoxesParams p, const 
 void launch_row_stats(const BoxesParams& params, void* stream) {
   const int64_t rows = params.problem.batch * params.problem.tokens() * params.problem.heads;
   const int64_t blocks = (rows * kThreadsPerRow + kThreads - 1) / kThreads;
-  launch(row_stats_kernel, unsigned(blocks), 0, stream, params, rows);
+  cuda::launch(row_stats_kernel, unsigned(blocks), kThreads, 0, stream, params, rows);
 }
 
 void launch_reduce_bias(const BoxesParams& params, const TensorView& dbias, void* stream) {
   const int64_t entries = int64_t{params.problem.heads} * params.bias_entries;
-  launch(reduce_bias_kernel, unsigned((entries + kThreads - 1) / kThreads), 0, stream, params, dbias);
+  const int64_t blocks = (entries + kThreads - 1) / kThreads;
+  cuda::launch(reduce_bias_kernel, unsigned(blocks), kThreads, 0, stream, params, dbias);
 }
 
 }  // namespace natten::cuda_portable

@@ -131,7 +131,8 @@ TEST(Float32, IsInTf32OnlyIfThePlanSaysSo) {
   const auto error = [&](const char* wanted) {
     run(operands, Pass::forward, natten::choose_plan(operands.problem, Pass::forward, DeviceKind::cuda, wanted));
     const std::vector<double> out = operands.out.values();
-    run(operands, Pass::forward, natten::choose_plan(operands.problem, Pass::forward, DeviceKind::cuda, "cuda-reference"));
+    run(operands, Pass::forward,
+        natten::choose_plan(operands.problem, Pass::forward, DeviceKind::cuda, "cuda-reference"));
     const std::vector<double> exact = operands.out.values();
     double most = 0;
     for (size_t i = 0; i < out.size(); ++i) most = std::max(most, std::abs(out[i] - exact[i]));

@@ -42,8 +42,8 @@ struct Tf32Lane {
   uint32_t a[4], b[2];
 };
 inline double tf32(uint32_t word) { return __uint_as_float(word & 0xffffe000); }
-/// Terms are cut off two bits behind the last one that a float of the largest term's size has, and so is their sum at its
-/// own last bit (Fasi, Higham, Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ CS 7:e330).
+/// Terms are cut off two bits behind the last one that a float of the largest term's size has, and their sum at its own
+/// last bit (Fasi, Higham, Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ CS 7:e330).
 inline float cut_off_sum(const double (&terms)[9]) {
   double largest = 0, sum = 0;
   for (const double x : terms) largest = std::max(largest, std::abs(x));  // std::max(x, NaN) is x
