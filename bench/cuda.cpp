@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "core/element.h"
 #include "cuda/launch.h"
 #include "natten/attention.h"
 
@@ -31,7 +32,7 @@ struct Workload {
   int batch, heads, head_dim;
   Axis axes[3];
   bool bias = false;
-  bool half = false;
+  DType dtype = DType::bf16;
 };
 
 std::vector<Workload> workloads() {
@@ -45,7 +46,9 @@ std::vector<Workload> workloads() {
       {"dinat_tiny_s1_d8", 128, 2, 32, {one, axis(56, 7, 8), axis(56, 7, 8)}},
       {"det_200x304_k7_d32", 8, 4, 32, {one, axis(200, 7), axis(304, 7)}},
       {"hdit_128_k7_d64", 4, 4, 64, {one, axis(128, 7), axis(128, 7)}},
-      {"nat_tiny_s1_f16", 128, 2, 32, {one, axis(56, 7), axis(56, 7)}, false, true},
+      {"nat_tiny_s1_f16", 128, 2, 32, {one, axis(56, 7), axis(56, 7)}, false, DType::f16},
+      {"nat_tiny_s1_f32", 128, 2, 32, {one, axis(56, 7), axis(56, 7)}, false, DType::f32},
+      {"hdit_128_k7_d64_f32", 4, 4, 64, {one, axis(128, 7), axis(128, 7)}, false, DType::f32},
       {"nat_tiny_s1_causal", 128, 2, 32, {one, axis(56, 7, 1, 1, true), axis(56, 7, 1, 1, true)}},
       {"nat_tiny_s1_rpb", 128, 2, 32, {one, axis(56, 7), axis(56, 7)}, true},
       {"nat_tiny_s3_rpb", 128, 8, 32, {one, axis(14, 7), axis(14, 7)}, true},
@@ -107,47 +110,33 @@ struct Set {
   static void fill(size_t bytes, DType dtype, uint32_t seed, const TensorView& view) {
     std::mt19937 rng(seed);
     std::normal_distribution<float> normal;
-    std::vector<uint16_t> pattern(std::min<size_t>(bytes / 2, 1000003));
-    for (uint16_t& element : pattern) {
-      const float x = normal(rng);
-      uint32_t bits;
-      std::memcpy(&bits, &x, 4);
-      // Truncation is good enough for timing; a half is assembled for normal values only.
-      const int exponent = int(bits >> 23 & 0xff) - 112;
-      element = dtype == DType::bf16 ? uint16_t(bits >> 16)
-                                     : uint16_t((bits >> 16 & 0x8000) | (exponent > 0 ? exponent << 10 : 0) |
-                                                (exponent > 0 ? bits >> 13 & 0x3ff : 0));
-    }
-    for (size_t at = 0; at < bytes; at += pattern.size() * 2)
-      NATTEN_CUDA_CHECK(cudaMemcpy(static_cast<char*>(view.ptr) + at, pattern.data(),
-                                   std::min(bytes - at, pattern.size() * 2), cudaMemcpyHostToDevice));
+    natten::dispatch(dtype, [&](auto element) {
+      std::vector<decltype(element)> pattern(std::min<size_t>(bytes / sizeof element, 1000003));
+      for (auto& x : pattern) natten::from_real(normal(rng), x);
+      const size_t step = pattern.size() * sizeof element;
+      for (size_t at = 0; at < bytes; at += step)
+        NATTEN_CUDA_CHECK(cudaMemcpy(static_cast<char*>(view.ptr) + at, pattern.data(), std::min(bytes - at, step),
+                                     cudaMemcpyHostToDevice));
+    });
   }
 };
 
-float to_float(uint16_t bits, DType dtype) {
-  if (dtype == DType::bf16) {
-    const uint32_t word = uint32_t{bits} << 16;
-    float x;
-    std::memcpy(&x, &word, 4);
-    return x;
-  }
-  const int exponent = bits >> 10 & 31;
-  const float x =
-      exponent ? std::ldexp(1.0f + (bits & 0x3ff) / 1024.0f, exponent - 15) : std::ldexp(float(bits & 0x3ff), -24);
-  return bits & 0x8000 ? -x : x;
-}
-
-std::vector<uint16_t> download(const TensorView& view, const Problem& p) {
-  std::vector<uint16_t> values(size_t(p.batch * view.strides[0]));
-  NATTEN_CUDA_CHECK(cudaMemcpy(values.data(), view.ptr, values.size() * 2, cudaMemcpyDeviceToHost));
-  return values;
+std::vector<float> download(const TensorView& view, const Problem& p) {
+  return natten::dispatch(p.dtype, [&](auto element) {
+    std::vector<decltype(element)> elements(size_t(p.batch * view.strides[0]));
+    const size_t bytes = elements.size() * sizeof element;
+    NATTEN_CUDA_CHECK(cudaMemcpy(elements.data(), view.ptr, bytes, cudaMemcpyDeviceToHost));
+    std::vector<float> values(elements.size());
+    std::transform(elements.begin(), elements.end(), values.begin(), [](auto x) { return float(natten::to_real(x)); });
+    return values;
+  });
 }
 
 /// Relative root mean square difference of the results of two plans.
-double difference(const std::vector<uint16_t>& a, const std::vector<uint16_t>& b, DType dtype) {
+double difference(const std::vector<float>& a, const std::vector<float>& b) {
   double error = 0, total = 0;
   for (size_t i = 0; i < a.size(); i += 7) {
-    const double x = to_float(a[i], dtype), y = to_float(b[i], dtype);
+    const double x = a[i], y = b[i];
     error += (x - y) * (x - y), total += x * x;
   }
   return std::sqrt(error / total);
@@ -176,9 +165,11 @@ float milliseconds(Call call, double seconds) {
   return runs[2];
 }
 
+const char* name_of(DType dtype) { return dtype == DType::f32 ? "f32" : dtype == DType::bf16 ? "bf16" : "f16"; }
+
 void bench(const Workload& w, double seconds) {
   Problem p;
-  p.dtype = w.half ? DType::f16 : DType::bf16;
+  p.dtype = w.dtype;
   p.batch = w.batch, p.heads = p.heads_kv = w.heads, p.head_dim = p.head_dim_v = w.head_dim;
   std::copy_n(w.axes, 3, p.axes);
   p.has_bias = w.bias;
@@ -187,7 +178,7 @@ void bench(const Workload& w, double seconds) {
   while (sets.size() * sets[0]->bytes < 400'000'000) sets.push_back(new Set(p, 1));
 
   for (const Pass pass : {Pass::forward, Pass::backward}) {
-    std::vector<std::vector<uint16_t>> first;
+    std::vector<std::vector<float>> first;
     for (const Plan& plan : list_plans(p, pass, natten::DeviceKind::cuda).plans) {
       if (plan.backend == "cuda_reference") continue;
       natten::Executor executor;
@@ -207,17 +198,17 @@ void bench(const Workload& w, double seconds) {
       if (pass == Pass::backward) results = {a.dq, a.dk, a.dv};
       std::string differences;
       for (size_t i = 0; i < results.size(); ++i) {
-        std::vector<uint16_t> values = download(results[i], p);
+        std::vector<float> values = download(results[i], p);
         char text[32];
         if (first.size() <= i) first.push_back(values);
-        std::snprintf(text, sizeof text, "%s%.2g", i ? ", " : "", difference(first[i], values, p.dtype));
+        std::snprintf(text, sizeof text, "%s%.2g", i ? ", " : "", difference(first[i], values));
         differences += text;
       }
       const float ms = milliseconds(call, seconds);
       std::printf(
           "{\"workload\": \"%s\", \"pass\": \"%s\", \"dtype\": \"%s\", \"ms\": %.4f, \"plan\": \"%s\", \"rms\": "
           "[%s]}\n",
-          w.name, pass == Pass::forward ? "fwd" : "bwd", w.half ? "f16" : "bf16", ms, to_string(plan).c_str(),
+          w.name, pass == Pass::forward ? "fwd" : "bwd", name_of(w.dtype), ms, to_string(plan).c_str(),
           differences.c_str());
       std::fflush(stdout);
       NATTEN_CUDA_CHECK(cudaFree(workspace));

@@ -36,7 +36,8 @@ std::string to_string(const Plan& plan);
 PlanList list_plans(const Problem& problem, Pass pass, DeviceKind device);
 
 /// The best plan or, if `wanted` is not empty, the best one whose string is `wanted` or continues it with a '/' or '-':
-/// "cpu", "cpu/loops", "cpu/sliding-avx2" and the full string all work.
+/// "cpu", "cpu/loops", "cpu/sliding-avx2" and the full string all work. Behind all that may stand "+tf32": then a plan
+/// that multiplies floats in TF32 goes before the others, where there is one.
 /// Throws Error with every engine's first unmet requirement if nothing fits: of kind invalid_argument if `wanted` was
 /// given, unsupported otherwise.
 Plan choose_plan(const Problem& problem, Pass pass, DeviceKind device, std::string_view wanted = {});

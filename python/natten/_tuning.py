@@ -108,16 +108,34 @@ def check_backend_name(backend) -> None:
         raise ValueError(f"backend {backend!r} is unknown: give one of {names}, or None for the best one")
 
 
-def plan_of(backend, plan, device: torch.device) -> str:
+def tf32_is_allowed() -> bool:
+    """Whether torch's own products of float32 matrices on CUDA may be in TF32, by any of its switches."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# NOTE: private; what torch.compiler.assume_constant_result does, but that would import Dynamo. Dynamo cannot trace the
+# question; the answer stays true, for every graph is guarded by that switch.
+tf32_is_allowed._dynamo_marked_constant = True
+
+
+def plan_of(backend, plan, query: torch.Tensor) -> str:
     """The plan that the op is given: '' for the best one.
 
-    `backend` is a name of the original or one of ours; one that cannot run on `device` raises ValueError. `plan` is a
-    plan or a prefix of one, see `natten.list_plans`.
+    `backend` is a name of the original or one of ours; one that cannot run on the device of `query` raises ValueError.
+    `plan` is a plan or a prefix of one, see `natten.list_plans`; without it, TF32 is preferred where torch allows it.
     """
     if plan is not None and not isinstance(plan, str):
         raise WrongType(f"plan must be a string or None, got {type(plan).__name__}")
-    if backend is None:
-        return plan or ""
+    engine = "" if backend is None else _engine_of(backend, query.device)
+    if not plan:
+        prefers_tf32 = query.is_cuda and query.dtype == torch.float32 and tf32_is_allowed()
+        return engine + "+tf32" if prefers_tf32 else engine
+    if engine and plan.split("/")[0] != engine:
+        raise ValueError(f"backend {backend!r} and plan {plan!r} name different engines: give one of them")
+    return plan
+
+
+def _engine_of(backend, device: torch.device) -> str:
     check_backend_name(backend)
     if backend == "reference" and device.type == "cuda":
         backend = "cuda-reference"
@@ -130,10 +148,7 @@ def plan_of(backend, plan, device: torch.device) -> str:
         )
     if engine in _CAPABILITY:
         _check_capability(backend, _CAPABILITY[engine], device)
-    forced = "portable" if engine == "cutlass" else backend if backend in _OWN else ""
-    if plan and forced and plan.split("/")[0] != forced:
-        raise ValueError(f"backend {backend!r} and plan {plan!r} name different engines: give one of them")
-    return plan or forced
+    return "portable" if engine == "cutlass" else backend if backend in _OWN else ""
 
 
 def _check_capability(backend: str, needed: int, device: torch.device) -> None:

@@ -79,7 +79,7 @@ def _neighborhood(
     geometry = geometry_of(shape, kernel_size, stride, dilation, is_causal, scale, mode)
     if geometry.looks_heads_first and name in _LAYOUT_CHECKED:
         _tell_of_layout(name, query)
-    plan = "" if backend is None and plan is None else _tuning.plan_of(backend, plan, query.device)
+    plan = "" if backend is None and plan is None and not query.is_cuda else _tuning.plan_of(backend, plan, query)
     tensors, options = (query, *others), (*geometry.axes, geometry.scale, geometry.may_be_oversize, plan)
     if geometry.padding:
         tensors = *(zero_pad(x, geometry.padding) for x in tensors[:3]), *tensors[3:]
@@ -131,7 +131,8 @@ def neighborhood_attention_generic(query, key, value, kernel_size, *too_many, **
         attn_drop: probability of dropout on the weights, at every call (a layer asks for it in training only); takes
             the same path.
         backend: a name of the original or one of ours (cpu, reference, portable, sm90); None is the best one.
-        plan: a plan or a prefix of one, see `natten.list_plans`.
+        plan: a plan or a prefix of one, see `natten.list_plans`. Without it, products of float32 are exact, on CUDA
+            unless torch.backends.cuda.matmul.allow_tf32 (or .fp32_precision = "tf32") lets them be in TF32.
         oversize: where kernel_size * dilation exceeds an axis: "clamp", "error" or "pad"; see
             `natten.context.set_oversize`.
         Others: tile shapes, schedules and the like of the original: checked for their form, then ignored.
@@ -289,7 +290,7 @@ def attention(
     args.same_sizes("attention", ("key", "value"), key, value, (("batch", 0), ("seqlen", 1), ("heads", -2)))
     query, key, value = map(args.with_unit_last_stride, (query, key, value))
     scale = args.scale_or_default(scale, query.shape[-1])
-    plan = _tuning.plan_of(backend, plan, query.device)
+    plan = _tuning.plan_of(backend, plan, query)
 
     def attend(q, k, v):
         return _dense(q, k, v, causal, scale, plan, backend)

@@ -8,6 +8,8 @@
 namespace natten {
 namespace {
 
+constexpr std::string_view kPreferTf32 = "+tf32";
+
 // `wanted` itself, or `wanted` followed by something that begins a new part of the name.
 bool matches(std::string_view plan, std::string_view wanted) {
   if (!plan.starts_with(wanted)) return false;
@@ -45,9 +47,13 @@ const char* other_device(DeviceKind device) {
 }
 
 Plan choose(const PlanList& list, std::string_view wanted) {
-  if (wanted.empty() && !list.plans.empty()) return list.plans.front();
+  const bool prefers_tf32 = wanted.ends_with(kPreferTf32);
+  if (prefers_tf32) wanted.remove_suffix(kPreferTf32.size());
+  const auto fits = [&](const Plan& plan) { return wanted.empty() || matches(to_string(plan), wanted); };
   for (const Plan& plan : list.plans)
-    if (matches(to_string(plan), wanted)) return plan;
+    if (prefers_tf32 && plan.variant.ends_with("-tf32") && fits(plan)) return plan;
+  for (const Plan& plan : list.plans)
+    if (fits(plan)) return plan;
   if (!wanted.empty() && !is_known(wanted, list))
     throw Error(ErrorKind::invalid_argument,
                 "there is no plan '" + std::string(wanted) + "' for this problem; engines: " + known_names());

@@ -137,6 +137,11 @@ void run(Operands& operands, Pass pass, const natten::Plan& plan, const natten::
   }
 }
 
+void run_forward_for(Operands& operands, const natten::Plan& backward) {
+  const char* wanted = in_tf32(backward) ? "+tf32" : "";
+  run(operands, Pass::forward, natten::choose_plan(operands.problem, Pass::forward, kDevice, wanted));
+}
+
 natten::Executor reverse_executor(int num_threads) {
   return {num_threads, [](int64_t count, const std::function<void(int64_t)>& task) {
             for (int64_t i = count; i-- > 0;) task(i);
@@ -189,6 +194,8 @@ const dense::Array& result(const dense::Results& results, const std::string& nam
 
 }  // namespace
 
+bool in_tf32(const natten::Plan& plan) { return plan.variant.ends_with("-tf32"); }
+
 Reference::Reference(const Operands& operands)
     : dtype_(operands.problem.dtype), scale_(operands.problem.scale), inputs_(operands.dense_inputs()) {
   const dense::Problem problem = to_dense(operands.problem);
@@ -214,11 +221,13 @@ double Reference::term(const std::string& name) const {
 /// - Where terms cancel (window 1, saturated softmax) their roundoff is left.
 /// - Half types: FlashAttention's rule, twice the error of a dense computation in that precision, at least the rounding
 ///   of the largest result. Where errors of few elements cancel by chance, storing less of it may err more: the larger.
-double Reference::tolerance(const std::string& name) const {
+/// - TF32: a roundoff of each factor, of the logits too, which multiplies the probabilities.
+double Reference::tolerance(const std::string& name, bool tf32) const {
   const dense::Array& exact = result(exact_, name);
   const DType sums = natten::accumulator_of(dtype_);
   const double relative = std::max(sums == DType::f64 ? 1e-12 : 1e-5, 8.0 * unit_roundoff(sums) * exact_.max_logit);
   const double in_sums = relative * largest(exact) + 16.0 * unit_roundoff(sums) * term(name);
+  if (tf32) return in_sums + 0x1p-10 * (1.0 + exact_.max_logit) * (term(name) + largest(exact));
   if (rounded_.empty() || name == "lse") return in_sums;
   double by_rounding = unit_roundoff(dtype_) * largest(exact);
   for (const dense::Results& rounded : rounded_)
@@ -226,12 +235,12 @@ double Reference::tolerance(const std::string& name) const {
   return in_sums + by_rounding;
 }
 
-void Reference::check(Operands& operands, Pass pass) const {
+void Reference::check(Operands& operands, Pass pass, const natten::Plan& plan) const {
   for (const auto& [name, tensor] : operands.outputs(pass)) {
     const dense::Array& exact = result(exact_, name);
     const dense::Array values = tensor->values();
     ASSERT_EQ(values.size(), exact.size()) << name;
-    const double limit = tolerance(name), difference = largest_difference(values, exact);
+    const double limit = tolerance(name, in_tf32(plan)), difference = largest_difference(values, exact);
     EXPECT_TRUE(difference <= limit) << name << " is off by " << difference << ", may be by " << limit
                                      << "; the largest value is " << largest(exact);
   }

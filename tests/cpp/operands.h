@@ -40,10 +40,16 @@ struct Operands {
 
 dense::Problem to_dense(const natten::Problem& problem);
 
+/// Whether a plan multiplies floats in TF32.
+bool in_tf32(const natten::Plan& plan);
+
 /// Poisons the outputs, runs the plan in a workspace with guard bands and reports (EXPECT) every byte that changed
 /// outside of the outputs.
 void run(Operands& operands, natten::Pass pass, const natten::Plan& plan,
          const natten::Executor& executor = natten::serial_executor());
+
+/// The out and lse that `backward` gets: those of the best forward plan, which is what a user gets, in TF32 for TF32.
+void run_forward_for(Operands& operands, const natten::Plan& backward);
 
 /// Runs the tasks on the calling thread, last one first, and says that there are `num_threads`.
 natten::Executor reverse_executor(int num_threads);
@@ -55,11 +61,11 @@ std::vector<std::vector<std::byte>> snapshot(Operands& operands, natten::Pass pa
 class Reference {
  public:
   explicit Reference(const Operands& operands);
-  /// EXPECTs every output of the pass to be as near to the dense attention as its type allows.
-  void check(Operands& operands, natten::Pass pass) const;
+  /// EXPECTs every output of the pass to be as near to the dense attention as its type and the plan allow.
+  void check(Operands& operands, natten::Pass pass, const natten::Plan& plan) const;
 
  private:
-  double tolerance(const std::string& name) const;
+  double tolerance(const std::string& name, bool tf32) const;
   double term(const std::string& name) const;
 
   natten::DType dtype_;

@@ -205,7 +205,8 @@ def engine(plan):
 
 
 def plans_of(case, dtype):
-    """Engines that can run the case forward and backward, each forced by the first two parts of its plan's name."""
+    """Engines that can run the case forward and backward, each forced by the first two parts of its plan's name; not
+    those in TF32, whose results are not as exact as the dtype (test_cuda.py)."""
     inputs = {name: torch.empty(shape, dtype=dtype) for name, shape in case.shapes().items()}
     families = []
     for backward in (False, True):
@@ -222,7 +223,8 @@ def plans_of(case, dtype):
             additional_keys=inputs.get("extra_k"),
             backward=backward,
         )
-        families.append(list(dict.fromkeys("/".join(plan.split("/")[:2]) for plan in plans)))
+        names = dict.fromkeys("/".join(plan.split("/")[:2]) for plan in plans)
+        families.append([name for name in names if not name.endswith("-tf32")])
     assert engine("reference") in families[0] and engine("reference") in families[1]
     return [family for family in families[0] if family in families[1]]
 

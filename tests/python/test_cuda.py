@@ -180,17 +180,27 @@ if torch.cuda.device_count() > 1:
 
 # --- precision --------------------------------------------------------------------------------------------------------
 def test_float32_is_exact_until_tf32_is_allowed():
-    """T-54. With torch's switch thrown TF32 may be used, and still the results are as good as TF32 is."""
+    """T-54. With torch's switch thrown the plan in TF32 runs both passes, and its results are as good as TF32 is."""
     inputs = cases.make_inputs(PLAIN, torch.float32)
     exact, same = cases.expected(PLAIN, inputs)
     for plan in plans_of(PLAIN, torch.float32):
         cases.compare(cases.results(PLAIN, inputs, plan), exact, same, torch.float32, f"{plan}")
-    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.compiler.reset()
+    compiled = torch.compile(lambda t: cases.call(PLAIN, t, return_lse=True), fullgraph=True, backend="aot_eager")
+    plans, got = {False: None, True: "portable/boxes-tf32"}, {}
     try:
-        errors = cases.errors_of(cases.results(PLAIN, inputs), exact)
+        for allowed in (False, True, False):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            got[allowed] = cases.results(PLAIN, inputs)
+            forced = cases.results(PLAIN, inputs, plans[allowed])
+            for results in (forced, cases.results_of(compiled, inputs)):
+                assert all(torch.equal(got[allowed][name], results[name]) for name in got[allowed])
+            without_grad = cases.call(PLAIN, inputs)
+            assert torch.equal(got[allowed]["out"], without_grad), "the same bits with and without a gradient"
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
-    assert max(errors.values()) < 3e-3
+    assert max(cases.errors_of(got[True], exact).values()) < 3e-3
+    assert not torch.equal(got[True]["out"], got[False]["out"])
 
 
 @pytest.mark.parametrize("half", cases.HALVES, ids=str)

@@ -10,7 +10,7 @@
 namespace natten::cuda_portable {
 namespace {
 
-constexpr std::string_view kWindow = "window", kBoxes = "boxes";
+constexpr std::string_view kWindow = "window", kBoxes = "boxes", kBoxesTf32 = "boxes-tf32";
 
 void list_plans(const Problem& p, Pass pass, PlanList& list) {
   const cuda::DeviceInfo* device = cuda::current_device();
@@ -23,10 +23,15 @@ void list_plans(const Problem& p, Pass pass, PlanList& list) {
     list.rejections.push_back({"portable/window", reason});
   else
     list.plans.push_back({kBackend.name, kWindow, window_tile(p, pass)});
-  if (const char* reason = why_not_boxes(p, pass))
+  if (const char* reason = why_not_boxes(p, pass)) {
     list.rejections.push_back({"portable/boxes", reason});
+    return;
+  }
+  list.plans.push_back({kBackend.name, kBoxes, boxes_tile(p)});
+  if (p.dtype == DType::f32)
+    list.plans.push_back({kBackend.name, kBoxesTf32, boxes_tile(p)});
   else
-    list.plans.push_back({kBackend.name, kBoxes, boxes_tile(p)});
+    list.rejections.push_back({"portable/boxes-tf32", "it runs float32 only"});
 }
 
 size_t workspace_bytes(const Problem& p, Pass pass, const Plan& plan, int) {
@@ -36,12 +41,12 @@ size_t workspace_bytes(const Problem& p, Pass pass, const Plan& plan, int) {
 
 void forward(const Problem& p, const ForwardArgs& args, const Plan& plan, const Executor& executor, void*) {
   if (plan.variant == kWindow && window_forward(p, args, executor.stream)) return;
-  boxes_forward(p, args, executor.stream);
+  boxes_forward(p, args, plan.variant == kBoxesTf32, executor.stream);
 }
 
 void backward(const Problem& p, const BackwardArgs& args, const Plan& plan, const Executor& executor, void* workspace) {
   if (plan.variant == kWindow && window_backward(p, args, executor.stream, workspace)) return;
-  boxes_backward(p, args, executor.stream, workspace);
+  boxes_backward(p, args, plan.variant == kBoxesTf32, executor.stream, workspace);
 }
 
 }  // namespace

@@ -19,16 +19,12 @@ constexpr int64_t kMostBiasEntries = int64_t{1} << 26;  // and so are those of a
 constexpr int64_t kMostBiasSums = int64_t{1} << 24;     // floats of all tables of sums, unless one per head is more
 constexpr int kWarps = kThreads / 32;
 
-int bucket(const Problem& p) {
-  const int dim = std::max(p.head_dim, p.head_dim_v);
-  return dim <= 32 ? 32 : dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
-}
+int block_n(const Problem& p) { return block_columns(size_of(p.dtype), bucket(p)); }
 
-int block_n(const Problem& p) { return bucket(p) <= 128 ? 64 : 32; }
-
-Rows rows(const TensorView& view, int dim) {
-  bool vector = dim % 8 == 0 && reinterpret_cast<uintptr_t>(view.ptr) % 16 == 0;
-  for (int i = 0; i < 5; ++i) vector = vector && view.strides[i] % 8 == 0;
+Rows rows(const Problem& p, const TensorView& view, int dim) {
+  const int chunk = 16 / size_of(p.dtype);
+  bool vector = dim % chunk == 0 && reinterpret_cast<uintptr_t>(view.ptr) % 16 == 0;
+  for (int i = 0; i < 5; ++i) vector = vector && view.strides[i] % chunk == 0;
   return {view, dim, vector};
 }
 
@@ -84,12 +80,14 @@ void set_tile(BoxesParams& params, Side side) {
                          (side == Side::queries ? p.heads : p.heads_kv));
 }
 
-BoxesParams forward_params(const Problem& p, const ForwardArgs& args) {
+BoxesParams forward_params(const Problem& p, const ForwardArgs& args, bool tf32) {
   BoxesParams params;
+  params.tf32 = tf32;
   params.problem = p;
-  params.q = rows(args.q, p.head_dim), params.k = rows(args.k, p.head_dim), params.v = rows(args.v, p.head_dim_v);
-  params.extra_k = rows(args.extra_k, p.head_dim), params.extra_v = rows(args.extra_v, p.head_dim_v);
-  params.out = rows(args.out, p.head_dim_v);
+  params.q = rows(p, args.q, p.head_dim), params.k = rows(p, args.k, p.head_dim);
+  params.v = rows(p, args.v, p.head_dim_v);
+  params.extra_k = rows(p, args.extra_k, p.head_dim), params.extra_v = rows(p, args.extra_v, p.head_dim_v);
+  params.out = rows(p, args.out, p.head_dim_v);
   params.bias = args.bias, params.lse = args.lse;
   params.scale_log2 = float(p.scale * kLog2e);
   return params;
@@ -110,15 +108,18 @@ int bias_pieces(const Problem& p) {
 Int3 boxes_tile(const Problem& p) { return choose_tile(p, Side::queries); }
 
 const char* why_not_boxes(const Problem& p, Pass pass) {
-  if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "it runs bfloat16 and float16 only";
+  if (p.dtype == DType::f64) return "it does not run float64";
   if (p.batch == 0 || p.tokens() == 0) return "there are no queries";
   if (p.head_dim > kMaxHeadDim || p.head_dim_v > kMaxHeadDim) return "head_dim is more than 256";
+  // Tiles of longer rows fit in the shared memory of few GPUs, with one block of threads on each multiprocessor.
+  if (p.dtype == DType::f32 && bucket(p) > kMaxHeadDimF32) return "head_dim is more than 128 in float32";
   if (p.tokens() >= kMostTokens || p.extra_keys >= kMostTokens) return "there are more than 2^30 tokens";
   if (bias_entries(p) > kMostBiasEntries) return "the relative position bias has more than 2^26 entries per head";
   // Tiles of one token are the most that there can be.
   if (double(p.batch) * double(p.tokens()) * p.heads > double(kMostItems)) return "there are more than 2^31 queries";
   const int columns = 4 * block_n(p), tile = (pass == Pass::forward ? 1 : 2) * kBlockM;
-  const int shared = (columns + tile) * bucket(p) * 2 + (p.has_bias && pass == Pass::backward ? 16384 : 0) + 4096;
+  const int shared =
+      (columns + tile) * bucket(p) * size_of(p.dtype) + (p.has_bias && pass == Pass::backward ? 16384 : 0) + 4096;
   if (shared > cuda::current_device()->max_shared_bytes) return "it needs more shared memory than this GPU has";
   return nullptr;
 }
@@ -129,21 +130,21 @@ size_t boxes_workspace(const Problem& p, Pass pass) {
   return (stats_bytes(p) + 63) / 64 * 64 + sums;
 }
 
-void boxes_forward(const Problem& p, const ForwardArgs& args, void* stream) {
-  BoxesParams params = forward_params(p, args);
+void boxes_forward(const Problem& p, const ForwardArgs& args, bool tf32, void* stream) {
+  BoxesParams params = forward_params(p, args, tf32);
   set_tile(params, Side::queries);
   launch_forward(params, stream);
 }
 
-void boxes_backward(const Problem& p, const BackwardArgs& args, void* stream, void* workspace) {
-  BoxesParams params = forward_params(p, args);
+void boxes_backward(const Problem& p, const BackwardArgs& args, bool tf32, void* stream, void* workspace) {
+  BoxesParams params = forward_params(p, args, tf32);
   const int64_t x = 1, y = p.axes[2].extent * x, z = p.axes[1].extent * y, head = p.axes[0].extent * z;
   params.stats = {workspace, {head * p.heads, z, y, x, head, 1}};
-  params.dout = rows(args.dout, p.head_dim_v), params.dlse = args.dlse;
+  params.dout = rows(p, args.dout, p.head_dim_v), params.dlse = args.dlse;
   launch_row_stats(params, stream);
 
   set_tile(params, Side::queries);
-  params.dq = rows(args.dq, p.head_dim);
+  params.dq = rows(p, args.dq, p.head_dim);
   if (args.dbias && p.has_bias) {
     params.bias_sums = reinterpret_cast<float*>(static_cast<char*>(workspace) + (stats_bytes(p) + 63) / 64 * 64);
     params.bias_pieces = bias_pieces(p);
@@ -154,12 +155,12 @@ void boxes_backward(const Problem& p, const BackwardArgs& args, void* stream, vo
 
   if (p.has_window() && (args.dk || args.dv)) {
     set_tile(params, Side::keys);
-    params.dk = rows(args.dk, p.head_dim), params.dv = rows(args.dv, p.head_dim_v);
+    params.dk = rows(p, args.dk, p.head_dim), params.dv = rows(p, args.dv, p.head_dim_v);
     launch_dkdv(params, stream);
   }
   if (p.extra_keys > 0 && (args.dextra_k || args.dextra_v)) {
     set_tile(params, Side::extra_keys);
-    params.dk = rows(args.dextra_k, p.head_dim), params.dv = rows(args.dextra_v, p.head_dim_v);
+    params.dk = rows(p, args.dextra_k, p.head_dim), params.dv = rows(p, args.dextra_v, p.head_dim_v);
     launch_dkdv(params, stream);
   }
 }

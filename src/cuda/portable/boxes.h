@@ -15,8 +15,17 @@ namespace natten::cuda_portable {
 
 constexpr int kBlockM = 64;    ///< rows of a tile
 constexpr int kThreads = 128;  ///< four warps of 16 rows
-constexpr int kMaxHeadDim = 256;
+constexpr int kMaxHeadDim = 256, kMaxHeadDimF32 = 128;
 constexpr int kMaxCoords = kBlockM + 2;  ///< distinct coordinates of a tile, all axes together: z + y + x, z*y*x <= 64
+
+/// Channels that a problem's kernels are compiled for: the bucket in which both head dims fit.
+inline int bucket(const Problem& p) {
+  const int dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
+  return dim <= 32 && p.dtype != DType::f32 ? 32 : dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
+}
+
+/// Columns of a block, by bytes of an element and channels: what fits in shared memory and registers.
+constexpr int block_columns(int element, int head_dim) { return element == 4 || head_dim > 128 ? 32 : 64; }
 
 /// A tensor of rows of `dim` elements. `vector`: 16-byte loads and stores are possible.
 struct Rows {
@@ -44,6 +53,7 @@ struct BoxesParams {
   FastDiv tile_x, tile_y;
   int num_items = 0;
   float scale_log2 = 0;        ///< scale * log2(e)
+  bool tf32 = false;           ///< floats only: one product in tf32 in place of three
   TensorView stats;            ///< RowStats of every query, contiguous
   float* bias_sums = nullptr;  ///< [heads, pieces, warps, bias entries]: sums of dS
   int bias_pieces = 0, bias_entries = 0;

@@ -11,9 +11,9 @@
 namespace natten::cuda_portable {
 template <class T, int kHeadDim>
 struct DKDV {
-  static constexpr int kBlockN = kHeadDim <= 128 ? 64 : 32;
+  static constexpr int kBlockN = block_columns(sizeof(T), kHeadDim);
   static constexpr int kSlice = kHeadDim <= 128 ? kHeadDim : 128;  // channels of dk and dv that fit in registers
-  using Map = SharedMap<kHeadDim, kBlockN, 2>;
+  using Map = SharedMap<T, kHeadDim, kBlockN, 2>;
 
   const BoxesParams& p;
   const Item& item;
@@ -34,7 +34,7 @@ struct DKDV {
         box(box_of(params, work)),
         blocks_per_head(detail::ceil_div(box.volume, kBlockN)),
         num_blocks(blocks_per_head * params.problem.heads_per_kv()),
-        first_chunk(slice * kSlice / 8),
+        first_chunk(slice * kSlice / kPerChunk<T>),
         smem(memory),
         shared(ptx::shared_address(memory)) {}
 
@@ -98,8 +98,8 @@ struct DKDV {
     if (!masks.any && !contain) return;
     const uint32_t q = shared + Map::columns(stage, 0), dout = shared + Map::columns(stage, 1);
     float acc_s[kBlockN / 8][4], acc_dp[kBlockN / 8][4];
-    multiply_transposed<T, kHeadDim, kBlockN>(acc_s, shared + Map::tile(0), q);
-    multiply_transposed<T, kHeadDim, kBlockN>(acc_dp, shared + Map::tile(1), dout);
+    multiply_transposed<T, kHeadDim, kBlockN>(acc_s, shared + Map::tile(0), q, p.q.dim, p.tf32);
+    multiply_transposed<T, kHeadDim, kBlockN>(acc_dp, shared + Map::tile(1), dout, p.v.dim, p.tf32);
 #pragma unroll
     for (int n = 0; n < kBlockN / 8; ++n)
 #pragma unroll
@@ -117,8 +117,8 @@ struct DKDV {
       clear_nonfinite<T, kHeadDim, kBlockN>(dout);
       __syncthreads();
     }
-    multiply_add<T, kHeadDim, kBlockN, kSlice>(acc_dv, acc_s, dout, first_chunk);
-    multiply_add<T, kHeadDim, kBlockN, kSlice>(acc_dk, acc_dp, q, first_chunk);
+    multiply_add<T, kHeadDim, kBlockN, kSlice>(acc_dv, acc_s, dout, first_chunk, p.v.dim, p.tf32);
+    multiply_add<T, kHeadDim, kBlockN, kSlice>(acc_dk, acc_dp, q, first_chunk, p.q.dim, p.tf32);
   }
 
   /// All blocks. Returns whether every sum of this block of threads is finite.
@@ -170,7 +170,7 @@ void launch_dkdv(const BoxesParams& params, void* stream) {
     using T = decltype(element);
     using Kernel = DKDV<T, head_dim>;
     const dim3 grid(params.num_items, head_dim / Kernel::kSlice);
-    launch(dkdv_kernel<T, head_dim>, grid, Kernel::Map::kBytes, stream, params);
+    cuda::launch(dkdv_kernel<T, head_dim>, grid, kThreads, Kernel::Map::kBytes, stream, params);
   });
 }
 

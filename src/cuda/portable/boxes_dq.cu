@@ -10,8 +10,8 @@
 namespace natten::cuda_portable {
 template <class T, int kHeadDim>
 struct DQ {
-  static constexpr int kBlockN = kHeadDim <= 128 ? 64 : 32;
-  using Map = SharedMap<kHeadDim, kBlockN, 2>;
+  static constexpr int kBlockN = block_columns(sizeof(T), kHeadDim);
+  using Map = SharedMap<T, kHeadDim, kBlockN, 2>;
   static constexpr uint32_t kStagingBytes = kBlockM * kBlockN * 4;  // of dS, where there is a bias
 
   const BoxesParams& p;
@@ -121,8 +121,8 @@ struct DQ {
     if (!masks.any && !contain) return;
     const uint32_t k = shared + Map::columns(stage, 0), v = shared + Map::columns(stage, 1);
     float acc_s[kBlockN / 8][4], acc_dp[kBlockN / 8][4];
-    multiply_transposed<T, kHeadDim, kBlockN>(acc_s, shared + Map::tile(0), k);
-    multiply_transposed<T, kHeadDim, kBlockN>(acc_dp, shared + Map::tile(1), v);
+    multiply_transposed<T, kHeadDim, kBlockN>(acc_s, shared + Map::tile(0), k, p.q.dim, p.tf32);
+    multiply_transposed<T, kHeadDim, kBlockN>(acc_dp, shared + Map::tile(1), v, p.v.dim, p.tf32);
 #pragma unroll
     for (int n = 0; n < kBlockN / 8; ++n)
 #pragma unroll
@@ -139,7 +139,7 @@ struct DQ {
       clear_nonfinite<T, kHeadDim, kBlockN>(k);
       __syncthreads();
     }
-    multiply_add<T, kHeadDim, kBlockN, kHeadDim>(acc_dq, acc_s, k, 0);
+    multiply_add<T, kHeadDim, kBlockN, kHeadDim>(acc_dq, acc_s, k, 0, p.q.dim, p.tf32);
   }
 
   /// All blocks. Returns whether every sum of this block of threads is finite.
@@ -208,8 +208,9 @@ void launch_dq(const BoxesParams& params, void* stream) {
     using T = decltype(element);
     using Kernel = DQ<T, head_dim>;
     const bool bias = params.bias_sums;
-    launch(dq_kernel<T, head_dim>, bias ? params.problem.heads * params.bias_pieces : params.num_items,
-           Kernel::Map::kBytes + (bias ? Kernel::kStagingBytes : 0), stream, params);
+    const int blocks = bias ? params.problem.heads * params.bias_pieces : params.num_items;
+    const uint32_t shared_bytes = Kernel::Map::kBytes + (bias ? Kernel::kStagingBytes : 0);
+    cuda::launch(dq_kernel<T, head_dim>, blocks, kThreads, shared_bytes, stream, params);
   });
 }
 

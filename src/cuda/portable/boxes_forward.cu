@@ -10,8 +10,8 @@
 namespace natten::cuda_portable {
 template <class T, int kHeadDim>
 struct Forward {
-  static constexpr int kBlockN = kHeadDim <= 128 ? 64 : 32;
-  using Map = SharedMap<kHeadDim, kBlockN, 1>;
+  static constexpr int kBlockN = block_columns(sizeof(T), kHeadDim);
+  using Map = SharedMap<T, kHeadDim, kBlockN, 1>;
 
   const BoxesParams& p;
   const Item& item;
@@ -98,7 +98,7 @@ struct Forward {
     const RowMasks<kBlockN> masks(bits(stage), rows);
     if (!masks.any && !contain) return;
     float acc_s[kBlockN / 8][4];
-    multiply_transposed<T, kHeadDim, kBlockN>(acc_s, shared, shared + Map::columns(stage, 0));
+    multiply_transposed<T, kHeadDim, kBlockN>(acc_s, shared, shared + Map::columns(stage, 0), p.q.dim, p.tf32);
 #pragma unroll
     for (int n = 0; n < kBlockN / 8; ++n)
 #pragma unroll
@@ -115,7 +115,7 @@ struct Forward {
       clear_nonfinite<T, kHeadDim, kBlockN>(v);
       __syncthreads();
     }
-    multiply_add<T, kHeadDim, kBlockN, kHeadDim>(acc_o, acc_s, v, 0);
+    multiply_add<T, kHeadDim, kBlockN, kHeadDim>(acc_o, acc_s, v, 0, p.v.dim, p.tf32);
   }
 
   /// All blocks. Returns whether every sum of this block of threads is finite.
@@ -170,7 +170,7 @@ void launch_forward(const BoxesParams& params, void* stream) {
   dispatch_kernel(params, [&](auto element, auto head_dim) {
     using T = decltype(element);
     using Map = typename Forward<T, head_dim>::Map;
-    launch(forward_kernel<T, head_dim>, params.num_items, Map::kBytes, stream, params);
+    cuda::launch(forward_kernel<T, head_dim>, params.num_items, kThreads, Map::kBytes, stream, params);
   });
 }
 

@@ -17,10 +17,10 @@
 namespace natten::cuda_portable {
 
 /// Shared memory of a block of threads: kTiles operands of the tile, then two stages of two tensors' columns, tables.
-template <int kHeadDim, int kColumns, int kTiles>
+template <class T, int kHeadDim, int kColumns, int kTiles>
 struct SharedMap {
   static constexpr int kBlockN = kColumns, kWords = kColumns / 32;
-  static constexpr uint32_t kTileBytes = kBlockM * kHeadDim * 2, kColumnBytes = kBlockN * kHeadDim * 2;
+  static constexpr uint32_t kTileBytes = kBlockM * kHeadDim * sizeof(T), kColumnBytes = kBlockN * kHeadDim * sizeof(T);
   static constexpr uint32_t kStages = kTiles * kTileBytes;
   static constexpr uint32_t kSpans = kStages + 4 * kColumnBytes;
   static constexpr uint32_t kBits = kSpans + kMaxCoords * sizeof(Span);
@@ -33,57 +33,61 @@ struct SharedMap {
   __device__ static uint32_t columns(int stage, int tensor) { return kStages + (stage * 2 + tensor) * kColumnBytes; }
 };
 
-/// Byte offset of a 16-byte chunk of a row. Chunks are permuted so that ldmatrix meets every bank once.
-template <int kHeadDim>
+/// Elements of a chunk, which has 16 bytes.
+template <class T>
+constexpr int kPerChunk = 16 / sizeof(T);
+
+/// Byte offset of a chunk of a row. Chunks are permuted so that ldmatrix meets every bank once.
+template <class T, int kHeadDim>
 __device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
-  const int key = kHeadDim == 32 ? row >> 1 & 3 : row & 7;
-  return row * (kHeadDim * 2) + ((chunk ^ key) << 4);
+  constexpr int kRowBytes = kHeadDim * sizeof(T);
+  const int key = kRowBytes == 64 ? row >> 1 & 3 : row & 7;
+  return row * kRowBytes + ((chunk ^ key) << 4);
 }
 
-/// Eight elements of a row that need not be aligned or complete.
+/// A chunk of a row that need not be aligned or complete.
 template <class T>
 __device__ inline uint4 load_elements(const T* row, int first, int dim) {
-  uint32_t words[4];
+  T elements[kPerChunk<T>];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int at = first + 2 * i;
-    const uint32_t low = at < dim ? row[at].bits : 0, high = at + 1 < dim ? row[at + 1].bits : 0;
-    words[i] = low | high << 16;
-  }
-  return {words[0], words[1], words[2], words[3]};
+  for (int i = 0; i < kPerChunk<T>; ++i) elements[i] = first + i < dim ? row[first + i] : T{};
+  uint4 chunk;
+  memcpy(&chunk, elements, sizeof chunk);
+  return chunk;
 }
 
 /// One chunk of one row to shared memory; zeros past the row's end and where there is no row.
 template <class T>
 __device__ __forceinline__ void load_chunk(uint32_t to, const Gather<T>& from, Int3 at, int chunk, bool exists) {
-  exists = exists && chunk * 8 < from.dim;
+  const int first = chunk * kPerChunk<T>;
+  exists = exists && first < from.dim;
   const T* row = exists ? from.at(at) : from.base;
   if (from.vector)
-    ptx::cp_async_16(to, exists ? row + chunk * 8 : row, exists);
+    ptx::cp_async_16(to, exists ? row + first : row, exists);
   else
-    ptx::store_shared_128(to, exists ? load_elements(row, chunk * 8, from.dim) : uint4{0, 0, 0, 0});
+    ptx::store_shared_128(to, exists ? load_elements(row, first, from.dim) : uint4{0, 0, 0, 0});
 }
 
 /// The rows of the tile.
 template <class T, int kHeadDim>
 __device__ __forceinline__ void load_tile(uint32_t to, const BoxesParams& p, const Item& item, const Gather<T>& from) {
-  constexpr int kChunks = kHeadDim / 8;
+  constexpr int kChunks = kHeadDim / kPerChunk<T>;
   const int chunk = threadIdx.x % kChunks;
   for (int row = threadIdx.x / kChunks; row < kBlockM; row += kThreads / kChunks)
-    load_chunk(to + swizzled<kHeadDim>(row, chunk), from, tile_row(p, item, row), chunk, true);
+    load_chunk(to + swizzled<T, kHeadDim>(row, chunk), from, tile_row(p, item, row), chunk, true);
 }
 
 /// Columns `first` .. `first + kBlockN` of the box, of two tensors.
 template <class T, int kHeadDim, int kBlockN>
 __device__ __forceinline__ void load_columns(uint32_t to_a, uint32_t to_b, const Gather<T>& a, const Gather<T>& b,
                                              const Box& box, int first) {
-  constexpr int kChunks = kHeadDim / 8;
+  constexpr int kChunks = kHeadDim / kPerChunk<T>;
   const int chunk = threadIdx.x % kChunks;
 #pragma unroll 4
   for (int column = threadIdx.x / kChunks; column < kBlockN; column += kThreads / kChunks) {
     const int flat = first + column;
     const Int3 at = box.split(flat);
-    const uint32_t offset = swizzled<kHeadDim>(column, chunk);
+    const uint32_t offset = swizzled<T, kHeadDim>(column, chunk);
     load_chunk(to_a + offset, a, at, chunk, flat < box.volume);
     load_chunk(to_b + offset, b, at, chunk, flat < box.volume);
   }
@@ -168,6 +172,12 @@ struct RowMasks {
     return word[e / 2][n * 8 / 32] >> (n * 8 % 32 + e % 2) & 1;
   }
 };
+
+template <int kCount>
+__device__ __forceinline__ void clear(float (&acc)[kCount][4]) {
+#pragma unroll
+  for (int n = 0; n < kCount; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
+}
 
 /// A position's share of an index into a table over relative positions; differences are exact modulo 2^32.
 __device__ __forceinline__ int bias_term(Int3 at, int64_t z, int64_t y, int64_t x) {

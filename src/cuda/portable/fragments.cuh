@@ -3,16 +3,9 @@
 #pragma once
 #include <type_traits>
 
-#include "cuda/portable/columns.cuh"
-#include "cuda/ptx/mma.cuh"
+#include "cuda/portable/fragments_f32.cuh"
 
 namespace natten::cuda_portable {
-
-template <int kCount>
-__device__ __forceinline__ void clear(float (&acc)[kCount][4]) {
-#pragma unroll
-  for (int n = 0; n < kCount; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
-}
 
 /// acc[16 x kBlockN] = rows[16 x kHeadDim] * columns[kBlockN x kHeadDim]^T; `rows` is the address of the whole tile.
 template <class T, int kHeadDim, int kBlockN>
@@ -24,11 +17,11 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[kBlockN / 8][4]
 #pragma unroll
   for (int k = 0; k < kHeadDim / 16; ++k) {
     uint32_t a[4];
-    ptx::ldmatrix_x4(a, rows + swizzled<kHeadDim>(a_row, 2 * k + a_chunk));
+    ptx::ldmatrix_x4(a, rows + swizzled<T, kHeadDim>(a_row, 2 * k + a_chunk));
 #pragma unroll
     for (int n = 0; n < kBlockN / 16; ++n) {
       uint32_t b[4];
-      ptx::ldmatrix_x4(b, columns + swizzled<kHeadDim>(16 * n + b_row, 2 * k + b_chunk));
+      ptx::ldmatrix_x4(b, columns + swizzled<T, kHeadDim>(16 * n + b_row, 2 * k + b_chunk));
       ptx::mma_16816<T>(acc[2 * n], a, b[0], b[1]);
       ptx::mma_16816<T>(acc[2 * n + 1], a, b[2], b[3]);
     }
@@ -48,11 +41,33 @@ __device__ __forceinline__ void multiply_add(float (&acc)[kOut / 8][4], const fl
 #pragma unroll
     for (int n = 0; n < kOut / 16; ++n) {
       uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, columns + swizzled<kHeadDim>(16 * k + row, chunk + 2 * n));
+      ptx::ldmatrix_x4_trans(b, columns + swizzled<T, kHeadDim>(16 * k + row, chunk + 2 * n));
       ptx::mma_16816<T>(acc[2 * n], a, b[0], b[1]);
       ptx::mma_16816<T>(acc[2 * n + 1], a, b[2], b[3]);
     }
   }
+}
+
+/// The same for every element type. Only floats ask how many channels there are, and whether tf32 is exact enough.
+template <class T, int kHeadDim, int kBlockN>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[kBlockN / 8][4], uint32_t rows, uint32_t columns,
+                                                    int dim, bool tf32) {
+  if constexpr (!std::is_same_v<T, float>)
+    multiply_transposed<T, kHeadDim, kBlockN>(acc, rows, columns);
+  else if (tf32)
+    f32::multiply_transposed<false, kHeadDim, kBlockN>(acc, rows, columns, dim);
+  else
+    f32::multiply_transposed<true, kHeadDim, kBlockN>(acc, rows, columns, dim);
+}
+template <class T, int kHeadDim, int kBlockN, int kOut>
+__device__ __forceinline__ void multiply_add(float (&acc)[kOut / 8][4], const float (&p)[kBlockN / 8][4],
+                                             uint32_t columns, int first_chunk, int dim, bool tf32) {
+  if constexpr (!std::is_same_v<T, float>)
+    multiply_add<T, kHeadDim, kBlockN, kOut>(acc, p, columns, first_chunk);
+  else if (tf32)
+    f32::multiply_add<false, kHeadDim, kBlockN>(acc, p, columns, dim);
+  else
+    f32::multiply_add<true, kHeadDim, kBlockN>(acc, p, columns, dim);
 }
 
 /// Sum and maximum over the four threads that share a row.
@@ -75,22 +90,29 @@ __device__ __forceinline__ bool all_finite(const float (&acc)[kCount][4]) {
   return finite;
 }
 
-/// Is either half of the word infinite or NaN?
-template <class T>
-__device__ __forceinline__ bool has_nonfinite(uint32_t word) {
-  constexpr uint32_t kExponent = std::is_same_v<T, bf16> ? 0x7f80 : 0x7c00;
-  return (word & kExponent) == kExponent || (word >> 16 & kExponent) == kExponent;
-}
-
 // ---- containment: a NaN or infinity reaches only the rows that see it ----
 // A product with a masked, hence zero, probability would spread it: 0 * NaN is NaN. So a tile whose result is not
 // finite is computed once more, and then these two stand around the second product.
+
+/// Of a row in shared memory, the elements of the channels that multiply_add leaves in elements 0 and 1 (for the other
+/// row: 2 and 3) of accumulator n.
+template <class T, int kHeadDim>
+__device__ __forceinline__ float2 channels_of(uint32_t rows, int row, int first_chunk, int n) {
+  const int t = threadIdx.x % 4;
+  if constexpr (std::is_same_v<T, float>) {
+    const int chunk = first_chunk + n / 4 * 8 + 2 * t;
+    return {__uint_as_float(ptx::load_shared_32(rows + swizzled<T, kHeadDim>(row, chunk) + n % 4 * 4)),
+            __uint_as_float(ptx::load_shared_32(rows + swizzled<T, kHeadDim>(row, chunk + 1) + n % 4 * 4))};
+  } else {
+    const uint32_t word = ptx::load_shared_32(rows + swizzled<T, kHeadDim>(row, first_chunk + n) + t * 4);
+    return {to_real(T{uint16_t(word)}), to_real(T{uint16_t(word >> 16)})};
+  }
+}
 
 /// Adds the non-finite elements themselves to the sums of the rows that see them.
 template <class T, int kHeadDim, int kBlockN, int kOut>
 __device__ __forceinline__ void add_nonfinite(float (&acc)[kOut / 8][4], uint32_t columns, int first_chunk,
                                               const RowMasks<kBlockN>& masks) {
-  const int t = threadIdx.x % 4;
 #pragma unroll 1
   for (int column = 0; column < kBlockN; ++column) {
     // The masks of this thread are shifted for its own columns, so it asks the quad's first thread.
@@ -103,60 +125,86 @@ __device__ __forceinline__ void add_nonfinite(float (&acc)[kOut / 8][4], uint32_
     }
 #pragma unroll
     for (int n = 0; n < kOut / 8; ++n) {
-      const uint32_t word = ptx::load_shared_32(columns + swizzled<kHeadDim>(column, first_chunk + n) + t * 4);
-      if (!has_nonfinite<T>(word)) continue;
-      const float low = to_real(T{uint16_t(word)}), high = to_real(T{uint16_t(word >> 16)});
+      const float2 x = channels_of<T, kHeadDim>(columns, column, first_chunk, n);
+      if (isfinite(x.x) && isfinite(x.y)) continue;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (sees[i] && !isfinite(low)) acc[n][2 * i] += low;
-        if (sees[i] && !isfinite(high)) acc[n][2 * i + 1] += high;
+        if (sees[i] && !isfinite(x.x)) acc[n][2 * i] += x.x;
+        if (sees[i] && !isfinite(x.y)) acc[n][2 * i + 1] += x.y;
       }
     }
   }
 }
 
+/// The word with zeros in place of elements that are not finite.
+template <class T>
+__device__ __forceinline__ uint32_t finite_part(uint32_t word) {
+  constexpr uint32_t kExponent = std::is_same_v<T, float> ? 0x7f800000 : std::is_same_v<T, bf16> ? 0x7f80 : 0x7c00;
+  constexpr uint32_t kLow = sizeof(T) == 4 ? 0xffffffff : 0xffff;
+  if ((word & kExponent) == kExponent) word &= ~kLow;
+  if (sizeof(T) == 2 && (word >> 16 & kExponent) == kExponent) word &= kLow;
+  return word;
+}
+
 /// Non-finite elements become 0.
 template <class T, int kHeadDim, int kBlockN>
 __device__ __forceinline__ void clear_nonfinite(uint32_t columns) {
-  for (int i = threadIdx.x; i < kBlockN * kHeadDim / 2; i += kThreads) {
-    uint32_t word = ptx::load_shared_32(columns + i * 4);
-    if (!has_nonfinite<T>(word)) continue;
-    if (has_nonfinite<T>(word & 0xffff)) word &= 0xffff0000;
-    if (has_nonfinite<T>(word & 0xffff0000)) word &= 0xffff;
-    ptx::store_shared_32(columns + i * 4, word);
+  for (int i = threadIdx.x; i < kBlockN * kHeadDim * int(sizeof(T)) / 4; i += kThreads) {
+    const uint32_t word = ptx::load_shared_32(columns + i * 4), finite = finite_part<T>(word);
+    if (finite != word) ptx::store_shared_32(columns + i * 4, finite);
   }
 }
 
 // ---- results ----
+
+/// acc * factor of rows g and g + 8 to shared memory.
+template <class T, int kHeadDim, int kOut>
+__device__ __forceinline__ void stage_rows(const float (&acc)[kOut / 8][4], const float (&factor)[2], uint32_t tile) {
+  const int lane = threadIdx.x % 32, t = lane % 4;
+  constexpr int kTogether = std::is_same_v<T, float> ? 4 : 1;  // accumulators that hold neighbouring channels
+#pragma unroll
+  for (int n = 0; n < kOut / 8; n += kTogether)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = threadIdx.x / 32 * 16 + lane / 4 + 8 * i;
+      if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const auto word = [&](int m) { return __float_as_uint(acc[n + m][2 * i + e] * factor[i]); };
+          ptx::store_shared_128(tile + swizzled<T, kHeadDim>(row, 2 * n + 2 * t + e),
+                                {word(0), word(1), word(2), word(3)});
+        }
+      } else {
+        ptx::store_shared_32(tile + swizzled<T, kHeadDim>(row, n) + t * 4,
+                             ptx::pack<T>(acc[n][2 * i] * factor[i], acc[n][2 * i + 1] * factor[i]));
+      }
+    }
+}
 
 /// acc * factor of the warp's 16 rows to the tensor, through the warp's own rows of the tile's shared memory.
 template <class T, int kHeadDim, int kOut>
 __device__ __forceinline__ void store_rows(const float (&acc)[kOut / 8][4], const float (&factor)[2], uint32_t tile,
                                            const BoxesParams& p, const Item& item, const Gather<T>& to,
                                            int first_chunk) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   __syncwarp();
-#pragma unroll
-  for (int n = 0; n < kOut / 8; ++n)
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      ptx::store_shared_32(tile + swizzled<kHeadDim>(warp * 16 + g + 8 * i, n) + t * 4,
-                           ptx::pack<T>(acc[n][2 * i] * factor[i], acc[n][2 * i + 1] * factor[i]));
+  stage_rows<T, kHeadDim, kOut>(acc, factor, tile);
   __syncwarp();
-  constexpr int kChunks = kOut / 8;
+  constexpr int kChunks = kOut / kPerChunk<T>;
   for (int i = lane; i < 16 * kChunks; i += 32) {
-    const int row = warp * 16 + i / kChunks, chunk = i % kChunks, first = (first_chunk + chunk) * 8;
+    const int row = warp * 16 + i / kChunks, chunk = i % kChunks, first = (first_chunk + chunk) * kPerChunk<T>;
     if (first >= to.dim || !is_row(p, item, row)) continue;
-    const uint4 v = ptx::load_shared_128(tile + swizzled<kHeadDim>(row, chunk));
+    const uint4 v = ptx::load_shared_128(tile + swizzled<T, kHeadDim>(row, chunk));
     T* at = to.at(tile_row(p, item, row)) + first;
     if (to.vector) {
       ptx::store_global_128(at, v);
       continue;
     }
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+    T elements[kPerChunk<T>];
+    memcpy(elements, &v, sizeof elements);
 #pragma unroll
-    for (int e = 0; e < 8; ++e)
-      if (first + e < to.dim) at[e].bits = uint16_t(words[e / 2] >> (e % 2 * 16));
+    for (int e = 0; e < kPerChunk<T>; ++e)
+      if (first + e < to.dim) at[e] = elements[e];
   }
   __syncwarp();
 }

@@ -12,8 +12,9 @@ namespace natten::cuda_portable {
 const char* why_not_boxes(const Problem& problem, Pass pass);
 Int3 boxes_tile(const Problem& problem);
 size_t boxes_workspace(const Problem& problem, Pass pass);
-void boxes_forward(const Problem& problem, const ForwardArgs& args, void* stream);
-void boxes_backward(const Problem& problem, const BackwardArgs& args, void* stream, void* workspace);
+/// `tf32` lets products of floats be as exact as tf32 is, instead of as exact as floats are.
+void boxes_forward(const Problem& problem, const ForwardArgs& args, bool tf32, void* stream);
+void boxes_backward(const Problem& problem, const BackwardArgs& args, bool tf32, void* stream, void* workspace);
 
 const char* why_not_window(const Problem& problem, Pass pass);
 Int3 window_tile(const Problem& problem, Pass pass);

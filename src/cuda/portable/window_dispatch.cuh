@@ -21,8 +21,6 @@ void dispatch_window(DType dtype, int head_dim, F&& f) {
 }
 
 inline void launch_window(void (*kernel)(WindowParams), const WindowParams& p, size_t shared_bytes, void* stream) {
-  if (shared_bytes > 48 * 1024)
-    NATTEN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
   cuda::launch(kernel, unsigned(p.grid), unsigned(p.threads()), shared_bytes, stream, p);
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// mma.sync m16n8k16 with 16-bit elements and fp32 sums (sm_80 and newer). No logic.
+// mma.sync with 16-bit elements (m16n8k16, m16n8k8) or tf32 and fp32 sums (sm_80 and newer). No logic.
 //
 // Lane 4g + t of a warp holds (g: row of a quarter, t: column pair)
 //   a[0..3]  A[g][2t, +1], A[g + 8][2t, +1], A[g][2t + 8, +9], A[g + 8][2t + 8, +9]      (16 x 16)
@@ -57,6 +57,16 @@ __device__ __forceinline__ void mma_1688<f16>(float (&d)[4], uint32_t a0, uint32
   asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};\n"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a0), "r"(a1), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+/// d += a * b of floats in tf32, that is without the last 13 bits of their mantissas, with a depth of 8:
+///   a[0..3]  A[g][t], A[g + 8][t], A[g][t + 4], A[g + 8][t + 4]
+///   b0, b1   B[t][g], B[t + 4][g]
+__device__ __forceinline__ void mma_1688_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 /// Two floats to two elements, `low` in the low half; to nearest.

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: MIT
-// The kernels for small windows on the emulated GPU: problems that reach them, and values that are not finite. The
-// tests of the CPU engines run on the same GPU and reach the others.
+// The kernels for small windows on the emulated GPU: problems that reach them, and values that are not finite; and what
+// float32 asks of tensor cores (T-54). The tests of the CPU engines run on the same GPU and reach the others.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <string>
+#include <vector>
 
 #include "cases.h"
 #include "natten/attention.h"
@@ -28,20 +31,16 @@ std::vector<Plan> plans(const natten::Problem& problem, Pass pass) {
   return list;
 }
 
-void run_best_forward(Operands& operands) {
-  run(operands, Pass::forward, natten::choose_plan(operands.problem, Pass::forward, DeviceKind::cuda));
-}
-
 void check(const Case& c, DType dtype) {
   SCOPED_TRACE(c.name + " " + test::to_string(dtype));
   Operands operands(c, dtype, kSeed);
   const test::Reference reference(operands);
   for (const Pass pass : {Pass::forward, Pass::backward}) {
-    if (pass == Pass::backward && !plans(operands.problem, pass).empty()) run_best_forward(operands);
     for (const Plan& plan : plans(operands.problem, pass)) {
       SCOPED_TRACE(natten::to_string(plan));
+      if (pass == Pass::backward) run_forward_for(operands, plan);
       run(operands, pass, plan);
-      reference.check(operands, pass);
+      reference.check(operands, pass, plan);
       const auto first = test::snapshot(operands, pass);
       run(operands, pass, plan);
       EXPECT_TRUE(test::snapshot(operands, pass) == first) << "other bits in a repetition";
@@ -52,7 +51,7 @@ void check(const Case& c, DType dtype) {
 class SmallWindows : public testing::TestWithParam<Case> {};
 
 TEST_P(SmallWindows, IsNearTheDenseAttention) {
-  for (const DType dtype : {DType::bf16, DType::f16}) check(GetParam(), dtype);
+  for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) check(GetParam(), dtype);
 }
 
 const auto kName = [](const auto& info) { return info.param.name; };
@@ -96,7 +95,7 @@ void check_containment(Operands& operands, const Plan& plan, test::Tensor& poiso
 
 TEST(SmallWindow, ContainsNaNAndInfinityInKeysAndValues) {
   constexpr double kNaN = std::numeric_limits<double>::quiet_NaN(), kInfinity = HUGE_VAL;
-  for (const DType dtype : {DType::bf16, DType::f16})
+  for (const DType dtype : {DType::bf16, DType::f16, DType::f32})
     for (const natten::Axis& y : {natten::Axis{19, 5, 1, 1, false}, natten::Axis{18, 4, 1, 3, true}}) {
       Case c{.name = "", .axes = {y, natten::Axis{21, 7, 1, 1, false}}};
       c.batch = 2, c.heads = 2, c.head_dim = 32;
@@ -106,6 +105,54 @@ TEST(SmallWindow, ContainsNaNAndInfinityInKeysAndValues) {
         for (const double bad : {kNaN, kInfinity, -kInfinity}) check_containment(operands, plan, operands.v, bad);
       }
     }
+}
+
+// ---- float32 ----
+
+/// Sums of thousands of positive terms: within the tensor cores, which cut off, they would drift by more than 1e-5.
+TEST(Float32, LongSumsDoNotDrift) {
+  const Case c{.name = "", .axes = {{8, 3}}, .extra = 6000};
+  Operands operands(c, DType::f32, kSeed);
+  for (test::Tensor* values : {&operands.v, &operands.extra_v})
+    values->for_each([&](const test::Shape& at) { values->set(at, 1 + 0.01 * std::abs(values->get(at))); });
+  const test::Reference reference(operands);
+  for (const Pass pass : {Pass::forward, Pass::backward}) {
+    const Plan plan = natten::choose_plan(operands.problem, pass, DeviceKind::cuda);
+    SCOPED_TRACE(natten::to_string(plan));
+    run(operands, pass, plan);
+    reference.check(operands, pass, plan);
+  }
+}
+
+TEST(Float32, IsInTf32OnlyIfThePlanSaysSo) {
+  const Case c{.name = "", .axes = {{9, 5}, {20, 7}}, .head_dim = 40};
+  Operands operands(c, DType::f32, kSeed);
+  const auto variant = [&](const char* wanted, Pass pass = Pass::forward) {
+    return std::string(natten::choose_plan(operands.problem, pass, DeviceKind::cuda, wanted).variant);
+  };
+  for (const Pass pass : {Pass::forward, Pass::backward}) {
+    for (const char* exact : {"", "portable", "portable/boxes"}) EXPECT_EQ(variant(exact, pass), "boxes");
+    for (const char* tf32 : {"+tf32", "portable+tf32", "portable/boxes+tf32", "portable/boxes-tf32"})
+      EXPECT_EQ(variant(tf32, pass), "boxes-tf32");
+  }
+  EXPECT_EQ(variant("cuda-reference+tf32"), "");
+  operands.problem.dtype = DType::bf16;
+  EXPECT_EQ(variant("+tf32"), "boxes");
+  operands.problem.dtype = DType::f32;
+
+  const auto error = [&](const char* wanted) {
+    run(operands, Pass::forward, natten::choose_plan(operands.problem, Pass::forward, DeviceKind::cuda, wanted));
+    const std::vector<double> out = operands.out.values();
+    run(operands, Pass::forward,
+        natten::choose_plan(operands.problem, Pass::forward, DeviceKind::cuda, "cuda-reference"));
+    const std::vector<double> exact = operands.out.values();
+    double most = 0;
+    for (size_t i = 0; i < out.size(); ++i) most = std::max(most, std::abs(out[i] - exact[i]));
+    return most;
+  };
+  EXPECT_LT(error(""), 2e-6);
+  EXPECT_GT(error("+tf32"), 1e-5) << "it does nothing but split, then";
+  EXPECT_LT(error("+tf32"), 5e-3);
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ _PREFIXES = {"cutlass": "cutlass", "hopper": "cutlass_hopper", "blackwell": "cut
 def _can_run(backend, query, key, value, raise_error=False) -> bool:
     try:
         _args.tensors_agree(backend, ("query", query), ("key", key), ("value", value))
-        _plan_of(backend, None, query.device)
+        _plan_of(backend, None, query)
     except (ValueError, NotImplementedError):
         if raise_error:
             raise

@@ -36,7 +36,43 @@ void complete_mma(void* const* lanes) {
       lane(l).d[e] = sum;
     }
 }
+
+struct Tf32Lane {
+  float d[4];
+  uint32_t a[4], b[2];
+};
+inline double tf32(uint32_t word) { return __uint_as_float(word & 0xffffe000); }
+/// Terms are cut off two bits behind the last one that a float of the largest term's size has, and their sum at its own
+/// last bit (Fasi, Higham, Mikaitis and Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ CS 7:e330).
+inline float cut_off_sum(const double (&terms)[9]) {
+  double largest = 0, sum = 0;
+  for (const double x : terms) largest = std::max(largest, std::abs(x));  // std::max(x, NaN) is x
+  for (const double x : terms) sum += x;
+  if (largest == 0 || !std::isfinite(sum)) return float(sum);
+  const double unit = std::ldexp(1.0, std::ilogb(largest) - 25);
+  sum = 0;
+  for (const double x : terms) sum += std::trunc(x / unit) * unit;
+  const float nearest = float(sum);
+  return std::abs(double(nearest)) > std::abs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+inline void complete_tf32(void* const* lanes) {
+  const auto lane = [&](int i) -> Tf32Lane& { return *static_cast<Tf32Lane*>(lanes[i]); };
+  for (int l = 0; l < 32; ++l)
+    for (int e = 0; e < 4; ++e) {
+      const int row = l / 4 + e / 2 * 8, column = l % 4 * 2 + e % 2;
+      double terms[9] = {0, 0, 0, 0, 0, 0, 0, 0, lane(l).d[e]};
+      for (int k = 0; k < 8; ++k)
+        terms[k] = tf32(lane(row % 8 * 4 + k % 4).a[row / 8 + k / 4 * 2]) * tf32(lane(column * 4 + k % 4).b[k / 4]);
+      lane(l).d[e] = cut_off_sum(terms);
+    }
+}
 }  // namespace detail
+
+inline void mma_1688_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  detail::Tf32Lane lane{{d[0], d[1], d[2], d[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  emulation::warp_barrier(&lane, detail::complete_tf32);
+  for (int e = 0; e < 4; ++e) d[e] = lane.d[e];
+}
 
 template <class T>
 void mma_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
