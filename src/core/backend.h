@@ -65,4 +65,7 @@ inline constexpr const Backend* kBackends[] = {
 #endif
 };
 
+/// The backend that a plan names.
+const Backend& backend_of(const Plan& plan);
+
 }  // namespace natten
