@@ -236,8 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> na_varlen_bwd(Tensor dout, OptionalTe
       (p.has_window() ? args.dv : args.dextra_v) = in.keys(dv, piece);
       if (!bias) continue;
       args.dbias = view_of(dbias, kNone, 2, in.par.rank(), 1);
-      args.dbias.ptr = static_cast<char*>(args.dbias.ptr) +
-                       int64_t(i) * dbias.strides()[0] * size_of(p.dtype);
+      args.dbias.ptr = static_cast<char*>(args.dbias.ptr) + int64_t(i) * dbias.strides()[0] * size_of(p.dtype);
     }
     in.run(samples, natten::backward);
     return {dq, dk, dv, dbias};

@@ -9,8 +9,8 @@ from ._errors import WrongType
 
 
 def sample_bounds(query, seqlens_q, seqlens_kv, cumulative_q, cumulative_kv, max_q, max_kv):
-    """(bounds of the samples of queries, of keys) as the op na_varlen_fwd takes them, which checks their values; None if
-    no argument asks for samples."""
+    """(bounds of the samples of queries, of keys) as the op na_varlen_fwd takes them, which checks their values; None
+    if no argument asks for samples."""
     lengths, sums, maxima = (seqlens_q, seqlens_kv), (cumulative_q, cumulative_kv), (max_q, max_kv)
     if all(x is None for x in (*lengths, *sums, *maxima)):
         return None

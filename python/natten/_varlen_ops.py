@@ -37,7 +37,7 @@ def dense_problem(q, k, v, causal: bool):
     return (q, *none, None, k, v), [0]
 
 
-def _pieces(options):
+def pieces_of(options):
     """(first and last token of the queries, of the keys, grid or None for dense attention) of every sample."""
     grids, bounds_q, bounds_kv, window, *_ = options
     if bounds_q is None:
@@ -67,7 +67,7 @@ def _each(x, t, options):
     """(number, piece, six tensors, their directions, options of na_fwd) of every sample with queries and keys; `t` are
     directions of x, that of the bias with a table for every sample."""
     *directions, tables = t
-    for i, piece in enumerate(_pieces(options)):
+    for i, piece in enumerate(pieces_of(options)):
         (q0, q1), (k0, k1), _ = piece
         if q1 > q0 and k1 > k0:
             six, plain = _as_plain(x, piece, options)
@@ -91,7 +91,7 @@ def _directions(t, x, options):
     """`t` with zeros for what is absent, and a table for every sample where the bias has one for all."""
     *t, t_bias = (torch.zeros_like(y) if d is None and y is not None else d for d, y in zip(t, x, strict=True))
     if t_bias is not None and t_bias.dim() == x[3].dim():
-        t_bias = t_bias[None].expand(len(_pieces(options)), *t_bias.shape)
+        t_bias = t_bias[None].expand(len(pieces_of(options)), *t_bias.shape)
     return *t, t_bias
 
 
@@ -107,7 +107,7 @@ def _jvp(x, t, options):
 def _hvp(dout, dlse, x, t, options):
     """Derivative of na_varlen_bwd with respect to x in the direction `t`; that of the bias for every sample."""
     parts = [], [], []
-    tables = None if x[3] is None else [torch.zeros_like(x[3]) for _ in _pieces(options)]
+    tables = None if x[3] is None else [torch.zeros_like(x[3]) for _ in pieces_of(options)]
     for i, ((q0, q1), (k0, _), _), six, along, plain in _each(x, _directions(t, x, options), options):
         g = dout.narrow(1, q0, q1 - q0), None if dlse is None else dlse.narrow(1, q0, q1 - q0)
         gq, gk, gv, g_bias, g_extra_k, g_extra_v = hvp(*g, six, along, plain)

@@ -51,6 +51,7 @@ ON_EVERY_DEVICE = {
     "test_torch_transforms",
     "test_unfused",
     "test_varlen",
+    "test_varlen_grids",
     "test_windows",
 }
 DEVICES = os.environ.get("NATTEN_TEST_DEVICES", "cpu,cuda" if torch.cuda.is_available() else "cpu").split(",")
