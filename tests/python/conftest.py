@@ -36,6 +36,7 @@ def pytest_collection_modifyitems(config, items):
 ON_EVERY_DEVICE = {
     "test_attention",
     "test_autocast",
+    "test_configs",
     "test_determinism",
     "test_gradients",
     "test_layout",
