@@ -18,7 +18,7 @@ using natten::Int3;
 using natten::Problem;
 using natten::TensorView;
 
-// Where a sample lies among the tokens: queries on a grid, and `keys` keys, which are as many unless they have bounds of
+// Where a sample lies among the tokens: queries on a grid, and `keys` keys, as many unless they have bounds of
 // their own.
 struct Piece {
   int64_t first_q, first_k;

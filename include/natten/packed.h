@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Several problems in one call: the samples of a packed batch, whose grids differ. A sample is a problem of its own, with
-// views of its tokens; no two samples share an output. All are of one element type and one device.
+// Several problems in one call: the samples of a packed batch, whose grids differ. A sample is a problem of its own,
+// with views of its tokens; no two samples share an output. All are of one element type and one device.
 #pragma once
 #include <span>
 

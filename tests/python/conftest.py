@@ -86,6 +86,17 @@ def _fixed_seed():
 
 
 @pytest.fixture
+def initial_switches():
+    from natten import context
+
+    context.NattenContext.reset()
+    context.AutotunerContext.reset()
+    yield
+    context.NattenContext.reset()
+    context.AutotunerContext.reset()
+
+
+@pytest.fixture
 def restore_threads():
     threads = torch.get_num_threads()
     yield

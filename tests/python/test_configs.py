@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import natten
-from natten.backends import configs
 
 GRIDS = {1: (90,), 2: (9, 20), 3: (5, 8, 9)}
 TILES = ("q_tile_shape", "kv_tile_shape")
@@ -17,7 +16,7 @@ ENGINES = {"cutlass": "cutlass", "cutlass_hopper": "hopper", "cutlass_blackwell"
 
 def found(name, tensors, backward=False):
     """The configurations of a finder as arguments."""
-    for config in getattr(configs, name)(*tensors):
+    for config in getattr(natten.backends.configs, name)(*tensors):
         if not backward and name.startswith("get_configs_for_cutlass_hopper"):
             config, schedule = config
             yield dict(zip(TILES, config, strict=True), kernel_schedule=schedule)
