@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // On the CPU a packed call is cut into units, one key head of one sample each, in which nothing is shared with another
 // unit. Every engine runs a unit as it would run any problem, on one thread; threads take the next unit when they are
-// done, the largest first. On the GPU samples follow each other on the stream.
+// done, the largest first. On the GPU a backend may run its samples together; else they follow each other on the stream.
 #include "natten/packed.h"
 
 #include <algorithm>
@@ -50,6 +50,30 @@ size_t bytes_of(const Sample& s, int num_threads) {
 
 bool is_on_gpu(const Plan& plan) { return backend_of(plan).device == DeviceKind::cuda; }
 
+/// Calls visit(backend, its samples) for every backend that a plan names.
+template <class Sample, class Visit>
+void for_each_backend(std::span<const Sample> samples, Visit&& visit) {
+  for (const Backend* backend : kBackends) {
+    std::vector<Sample> own;
+    for (const Sample& s : samples)
+      if (s.plan.backend == backend->name) own.push_back(s);
+    if (!own.empty()) visit(*backend, std::span<const Sample>(own));
+  }
+}
+
+void run_packed(const PackedKernels& kernels, std::span<const ForwardSample> own, const Executor& executor,
+                void* workspace) {
+  kernels.forward(own, executor, workspace);
+}
+void run_packed(const PackedKernels& kernels, std::span<const BackwardSample> own, const Executor& executor,
+                void* workspace) {
+  kernels.backward(own, executor, workspace);
+}
+size_t packed_workspace(const PackedKernels&, std::span<const ForwardSample>) { return 0; }
+size_t packed_workspace(const PackedKernels& kernels, std::span<const BackwardSample> own) {
+  return kernels.workspace_bytes(own);
+}
+
 /// What threads take: units, the largest first. The first `num_shared` are run by all threads together.
 template <class Sample>
 struct Units {
@@ -89,6 +113,9 @@ size_t packed_bytes(std::span<const Sample> samples, int num_threads) {
   if (!is_on_gpu(samples[0].plan)) return Units<Sample>(samples, num_threads).bytes;
   size_t bytes = 0;
   for (const Sample& s : samples) bytes = std::max(bytes, bytes_of(s, 1));
+  for_each_backend(samples, [&](const Backend& backend, std::span<const Sample> own) {
+    if (backend.packed) bytes = std::max(bytes, packed_workspace(*backend.packed, own));
+  });
   return bytes;
 }
 
@@ -96,8 +123,10 @@ template <class Sample>
 void run_all(std::span<const Sample> samples, const Executor& executor, void* workspace) {
   if (samples.empty()) return;
   if (is_on_gpu(samples[0].plan)) {
-    for (const Sample& s : samples) run(s, executor, workspace);
-    return;
+    return for_each_backend(samples, [&](const Backend& backend, std::span<const Sample> own) {
+      if (backend.packed) return run_packed(*backend.packed, own, executor, workspace);
+      for (const Sample& s : own) run(s, executor, workspace);
+    });
   }
   const Units<Sample> units(samples, executor.num_threads);
   for (size_t i = 0; i < units.num_shared; ++i) run(units.list[i], executor, workspace);
