@@ -30,7 +30,7 @@ struct UnfusedKernels {
   Run sum_bias;       ///< bias = sums of W over samples and queries
 };
 
-/// Samples of packed calls whose plans are of this backend. The forward pass needs no workspace beside that of a sample.
+/// Samples of packed calls whose plans are of this backend. The forward pass needs the workspace of a sample, no more.
 struct PackedKernels {
   size_t (*workspace_bytes)(std::span<const BackwardSample>);
   void (*forward)(std::span<const ForwardSample>, const Executor&, void* workspace);

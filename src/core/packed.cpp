@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // On the CPU a packed call is cut into units, one key head of one sample each, in which nothing is shared with another
 // unit. Every engine runs a unit as it would run any problem, on one thread; threads take the next unit when they are
-// done, the largest first. On the GPU a backend may run its samples together; else they follow each other on the stream.
+// done, the largest first. On the GPU a backend may run its samples together; else they follow one another.
 #include "natten/packed.h"
 
 #include <algorithm>

@@ -114,8 +114,8 @@ TEST(Packed, GivesTheSameBitsForAnyNumberOfThreads) {
 class Line {
  public:
   Line(const std::vector<Case>& cases, DType dtype) {
-    // NOTE: of some hundred small samples a few miss FlashAttention's rule by a hair, as plain calls of their size do; not
-    // with these seeds.
+    // NOTE: of some hundred small samples a few miss FlashAttention's rule by a hair, as plain calls of their size do;
+    // not with these seeds.
     for (const Case& c : cases) batch_.emplace_back(c, dtype, 300 + uint32_t(batch_.size()));
     for (Operands& o : batch_) {
       if (&o != &batch_[0]) copy(batch_[0].bias, o.bias);  // one table for all

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Packed calls. Samples that lie in the same tensors and differ in nothing but their place and size share the launches of
-// the "boxes" kernels, kMostSamples at a time: the kernels' parameters carry their places, so nothing is uploaded and a
-// graph captures it. A sample that keeps the GPU busy alone, or wants a gradient of the bias, has launches of its own.
+// Packed calls. Samples that lie in the same tensors and differ in nothing but their place and size share the launches
+// of the "boxes" kernels, kMostSamples at a time: the kernels' parameters carry their places, so nothing is uploaded
+// and a graph captures it. A sample whose plan is another kernel and which keeps the GPU busy alone, or that wants a
+// gradient of the bias, has launches of its own.
 #include <algorithm>
 #include <array>
 #include <optional>
