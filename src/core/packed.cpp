@@ -74,35 +74,44 @@ size_t packed_workspace(const PackedKernels& kernels, std::span<const BackwardSa
   return kernels.workspace_bytes(own);
 }
 
+/// One key head of a sample, as a sample of its own.
+template <class Sample>
+struct Unit {
+  const Sample* of;
+  int head_kv;
+  double work;
+
+  Sample sample() const {
+    Sample unit = *of;
+    unit.problem.heads = of->problem.heads_per_kv(), unit.problem.heads_kv = 1;
+    skip_heads(of->problem, head_kv, unit.args);
+    return unit;
+  }
+};
+
 /// What threads take: units, the largest first. The first `num_shared` are run by all threads together.
 template <class Sample>
 struct Units {
-  std::vector<Sample> list;
+  std::vector<Unit<Sample>> list;
   size_t num_shared = 0;
   size_t bytes_per_thread = 0, bytes = 0;
 
   Units(std::span<const Sample> samples, int num_threads) {
     double all = 0;
     for (const Sample& s : samples) {
-      Sample unit = s;
-      unit.problem.heads = s.problem.heads_per_kv(), unit.problem.heads_kv = 1;
-      for (int h = 0; h < s.problem.heads_kv; ++h) {
-        unit.args = s.args;
-        skip_heads(s.problem, h, unit.args);
-        list.push_back(unit);
-      }
-      all += approximate_work(s.problem);
+      const double work = approximate_work(s.problem);
+      for (int h = 0; h < s.problem.heads_kv; ++h) list.push_back({&s, h, work / s.problem.heads_kv});
+      all += work;
     }
-    std::stable_sort(list.begin(), list.end(), [](const Sample& a, const Sample& b) {
-      return approximate_work(a.problem) > approximate_work(b.problem);
-    });
+    std::stable_sort(list.begin(), list.end(), [](const auto& a, const auto& b) { return a.work > b.work; });
     // NOTE: gradients are sums, and the cut of a problem says in which order they are taken. The cut must not depend on
     // threads, so a unit of the backward pass is one thread's whatever its size.
     if (num_threads > 1 && std::is_same_v<Sample, ForwardSample>)
-      while (num_shared < list.size() && approximate_work(list[num_shared].problem) * 2 * num_threads > all)
-        bytes = std::max(bytes, bytes_of(list[num_shared++], num_threads));
+      while (num_shared < list.size() && list[num_shared].work * 2 * num_threads > all)
+        bytes = std::max(bytes, bytes_of(list[num_shared++].sample(), num_threads));
     for (size_t i = num_shared; i < list.size(); ++i)
-      bytes_per_thread = std::max(bytes_per_thread, bytes_of(list[i], 1));
+      if (i == num_shared || list[i].of != list[i - 1].of)
+        bytes_per_thread = std::max(bytes_per_thread, bytes_of(list[i].sample(), 1));
     bytes = std::max(bytes, bytes_per_thread * num_threads);
   }
 };
@@ -129,12 +138,12 @@ void run_all(std::span<const Sample> samples, const Executor& executor, void* wo
     });
   }
   const Units<Sample> units(samples, executor.num_threads);
-  for (size_t i = 0; i < units.num_shared; ++i) run(units.list[i], executor, workspace);
+  for (size_t i = 0; i < units.num_shared; ++i) run(units.list[i].sample(), executor, workspace);
   const Executor serial = serial_executor();
   std::atomic<size_t> next = units.num_shared;
   executor.run(executor.num_threads, [&](int64_t thread) {
     char* memory = static_cast<char*>(workspace) + thread * units.bytes_per_thread;
-    for (size_t i = next++; i < units.list.size(); i = next++) run(units.list[i], serial, memory);
+    for (size_t i = next++; i < units.list.size(); i = next++) run(units.list[i].sample(), serial, memory);
   });
 }
 
