@@ -10,20 +10,9 @@ namespace {
 using namespace natten::binding;
 using natten::TensorView;
 
-// Strides of a tensor [batch, grid..., trailing...]: the grid's axes move to the end of z, y, x.
-TensorView grid_view(const Tensor& t, int64_t rank) {
-  TensorView view{t.data_ptr(), {0, 0, 0, 0, 0, 1}};
-  const auto strides = t.strides();
-  view.strides[0] = strides[0];
-  for (int64_t d = 0; d < rank; ++d) view.strides[4 - rank + d] = strides[1 + d];
-  view.strides[4] = strides[1 + rank];
-  return view;
-}
-
-TensorView extra_view(const Tensor& t) {
-  const auto strides = t.strides();
-  return {t.data_ptr(), {strides[0], 0, 0, strides[1], strides[2], 1}};
-}
+// Of a tensor [batch, grid..., heads, ...], and of additional keys, whose grid is a line.
+TensorView grid_view(const Tensor& t, int64_t rank) { return view_of(t, 0, 1, rank, 1 + rank); }
+TensorView extra_view(const Tensor& t) { return grid_view(t, 1); }
 
 // The tensors of one call: checked against each other, with unit last strides.
 struct Inputs {
@@ -77,10 +66,7 @@ natten::Problem Inputs::problem(const Parameters& par) const {
   check_shape("key", k, shape(p.head_dim));
   check_shape("value", v, shape(p.head_dim_v));
   if (bias) {
-    check_alike("the relative position bias", *bias);
-    Ints table{p.heads};
-    for (int64_t w : par.window) table.push_back(2 * w - 1);
-    check_shape("the relative position bias", *bias, table);
+    check_bias(*bias, q, p.heads, par.window);
     p.has_bias = true;
   }
   if (extra_k.has_value() != extra_v.has_value()) fail("additional_keys and additional_values must be given together");
@@ -126,7 +112,7 @@ std::tuple<Tensor, Tensor> na_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor b
     in.fill(args, par.rank());
     args.out = grid_view(out, par.rank());
     args.lse = grid_view(lse, par.rank());
-    const natten::Executor executor = device.is_cuda() ? device.stream_executor() : torch_executor(p);
+    const natten::Executor executor = device.is_cuda() ? device.stream_executor() : torch_executor(approximate_work(p));
     const Workspace workspace(device, workspace_bytes(p, natten::Pass::forward, plan, executor.num_threads));
     forward(p, args, plan, executor, workspace.data());
     return {out, lse};
@@ -146,15 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_bwd(Tensor dout, O
     const Inputs in = make_inputs(q, k, v, bias, extra_k, extra_v);
     const natten::Problem p = in.problem(par);
     const natten::Plan plan = choose_plan(p, natten::Pass::backward, device.kind(), par.plan);
-    for (auto [name, t] : {std::pair{"out", &out}, {"dout", &dout}}) {
-      in.check_alike(name, *t);
-      check_shape(name, *t, in.on_grid(rank, {p.heads, p.head_dim_v}));
-    }
-    for (auto [name, t] : {std::pair{"lse", &lse}, {"dlse", dlse ? &*dlse : &lse}}) {
-      check_device(name, *t, q);
-      if (t->scalar_type() != lse_dtype(q)) fail(std::string(name) + " must be float32, or float64 for float64 inputs");
-      check_shape(name, *t, in.on_grid(rank, {p.heads}));
-    }
+    check_results(q, out, dout, lse, dlse, in.on_grid(rank, {p.heads, p.head_dim_v}));
     dout = with_unit_last_stride(dout), out = with_unit_last_stride(out);
     natten::BackwardArgs args;
     in.fill(args, rank);
@@ -165,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> na_bwd(Tensor dout, O
     args.dq = grid_view(dq, rank), args.dk = grid_view(dk, rank), args.dv = grid_view(dv, rank);
     if (bias) args.dbias = bias_view(dbias, rank);
     if (extra_k) args.dextra_k = extra_view(dextra_k), args.dextra_v = extra_view(dextra_v);
-    const natten::Executor executor = device.is_cuda() ? device.stream_executor() : torch_executor(p);
+    const natten::Executor executor = device.is_cuda() ? device.stream_executor() : torch_executor(approximate_work(p));
     const Workspace workspace(device, workspace_bytes(p, natten::Pass::backward, plan, executor.num_threads));
     backward(p, args, plan, executor, workspace.data());
     return {dq, dk, dv, dbias, dextra_k, dextra_v};
@@ -194,6 +172,7 @@ Tensor key_spans(int64_t extent, int64_t window, int64_t stride, int64_t dilatio
 }  // namespace
 
 #define NATTEN_WINDOWS "SymInt[] window, SymInt[] stride, SymInt[] dilation, bool[] causal, "
+#define NATTEN_SAMPLES "SymInt[] grids, Tensor? bounds_q, Tensor? bounds_kv, "
 #define NATTEN_OPERATOR NATTEN_WINDOWS "float scale, bool oversize, str plan"
 NATTEN_LIBRARY(NATTEN_OP_NAMESPACE, m) {
   m.def("na_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? extra_k, Tensor? extra_v, " NATTEN_OPERATOR
@@ -202,6 +181,12 @@ NATTEN_LIBRARY(NATTEN_OP_NAMESPACE, m) {
       "na_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? extra_k, Tensor? extra_v, "
       "Tensor out, Tensor lse, " NATTEN_OPERATOR
       ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dextra_k, Tensor dextra_v)");
+  // varlen.cpp; `grids` has the axes of every sample, or bounds have the first token of every sample and the last's end
+  m.def("na_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor? bias, " NATTEN_SAMPLES NATTEN_OPERATOR
+        ") -> (Tensor out, Tensor lse)");
+  m.def(
+      "na_varlen_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, "
+      "Tensor lse, " NATTEN_SAMPLES NATTEN_OPERATOR ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias)");
   // unfused.cpp
   m.def("na_qk(Tensor q, Tensor k, Tensor? bias, Tensor? extra_k, " NATTEN_WINDOWS
         "float scale, float unused, bool oversize, str plan) -> Tensor attn");

@@ -118,6 +118,29 @@ inline void check_shape(const char* name, const Tensor& t, const Ints& expected)
   fail(std::string(name) + " has shape " + shape_of(t) + ", but must have " + text + "]");
 }
 
+inline void check_bias(const Tensor& bias, const Tensor& q, int64_t heads, const Ints& window) {
+  check_alike("the relative position bias", bias, q);
+  Ints sizes{heads};
+  for (int64_t w : window) sizes.push_back(2 * w - 1);
+  check_shape("the relative position bias", bias, sizes);
+}
+
+// What the backward pass takes beside the inputs: tensors of `sizes` [batch, grid..., heads, head_dim_v], or without
+// the last one.
+inline void check_results(const Tensor& q, const Tensor& out, const Tensor& dout, const Tensor& lse,
+                          const OptionalTensor& dlse, Ints sizes) {
+  for (auto [name, t] : {std::pair{"out", &out}, {"dout", &dout}}) {
+    check_alike(name, *t, q);
+    check_shape(name, *t, sizes);
+  }
+  sizes.pop_back();
+  for (auto [name, t] : {std::pair{"lse", &lse}, {"dlse", dlse ? &*dlse : &lse}}) {
+    check_device(name, *t, q);
+    if (t->scalar_type() != lse_dtype(q)) fail(std::string(name) + " must be float32, or float64 for float64 inputs");
+    check_shape(name, *t, sizes);
+  }
+}
+
 // The gradient's tensor; of an absent input an empty one.
 inline Tensor empty_like(const OptionalTensor& t, const Tensor& q) {
   Ints sizes{0};
@@ -126,21 +149,23 @@ inline Tensor empty_like(const OptionalTensor& t, const Tensor& q) {
   return empty(q, sizes);
 }
 
-inline TensorView bias_view(const Tensor& t, int64_t rank) {
-  TensorView view{t.data_ptr(), {0, 0, 0, 0, 0, 1}};
+constexpr int64_t kNone = -1;
+
+// A tensor as the core sees it, by the places of its axes: the batch (or kNone), `rank` axes of the grid, which move to
+// the end of z, y, x, and heads.
+inline TensorView view_of(const Tensor& t, int64_t batch, int64_t grid, int64_t rank, int64_t heads) {
   const auto strides = t.strides();
-  for (int64_t d = 0; d < rank; ++d) view.strides[4 - rank + d] = strides[1 + d];
-  view.strides[4] = strides[0];
+  TensorView view{t.data_ptr(), {0, 0, 0, 0, strides[heads], 1}};
+  if (batch != kNone) view.strides[0] = strides[batch];
+  for (int64_t d = 0; d < rank; ++d) view.strides[4 - rank + d] = strides[grid + d];
   return view;
 }
+inline TensorView bias_view(const Tensor& t, int64_t rank) { return view_of(t, kNone, 1, rank, 0); }
 
 // torch's own threads: torch.set_num_threads and OMP_NUM_THREADS hold, nothing is spawned here. Waking them takes
 // longer than a problem of a few microseconds.
-inline natten::Executor torch_executor(const natten::Problem& p) {
-  double products = double(p.batch) * p.heads * p.tokens() * (p.head_dim + p.head_dim_v);
-  double keys = p.has_window() ? 1 : 0;
-  for (const natten::Axis& a : p.axes) keys *= std::min(a.window, a.extent);
-  if (products * (keys + p.extra_keys) < 1 << 19) return natten::serial_executor();
+inline natten::Executor torch_executor(double work) {
+  if (work < 1 << 19) return natten::serial_executor();
   uint32_t threads = 1;
   TORCH_SUBSET_CALL(torch_get_num_threads(&threads));
   return {int(threads), [](int64_t count, const std::function<void(int64_t)>& task) {

@@ -10,19 +10,7 @@ namespace {
 using namespace natten::binding;
 using natten::TensorView;
 
-TensorView heads_first_view(const Tensor& t, int64_t rank) {
-  TensorView view{t.data_ptr(), {0, 0, 0, 0, 0, 1}};
-  const auto strides = t.strides();
-  view.strides[0] = strides[0];
-  for (int64_t d = 0; d < rank; ++d) view.strides[4 - rank + d] = strides[2 + d];
-  view.strides[4] = strides[1];
-  return view;
-}
-
-TensorView heads_first_extra_view(const Tensor& t) {
-  const auto strides = t.strides();
-  return {t.data_ptr(), {strides[0], 0, 0, strides[2], strides[1], 1}};
-}
+TensorView heads_first_view(const Tensor& t, int64_t rank) { return view_of(t, 0, 2, rank, 1); }
 
 // One call: `query` has the queries' heads and grid (q, dout or attn), `key` holds rows of keys (k or v).
 struct Call {
@@ -42,14 +30,14 @@ struct Call {
   }
   Ints attn_sizes() const { return with(num_slots(p)); }
   TensorView view(const Tensor& t) const { return heads_first_view(t, rank); }
-  TensorView extra_view(const OptionalTensor& t) const { return t ? heads_first_extra_view(*t) : TensorView{}; }
+  TensorView extra_view(const OptionalTensor& t) const { return t ? heads_first_view(*t, 1) : TensorView{}; }
   TensorView table(const OptionalTensor& t) const { return t ? bias_view(*t, rank) : TensorView{}; }
 
   template <class Args>
   void run(void (*pass)(const natten::Problem&, const Args&, const natten::Plan&, const natten::Executor&, void*),
            const Args& args) const {
     const natten::Plan plan = choose_unfused_plan(p, device.kind(), par.plan);
-    const natten::Executor executor = device.is_cuda() ? device.stream_executor() : torch_executor(p);
+    const natten::Executor executor = device.is_cuda() ? device.stream_executor() : torch_executor(approximate_work(p));
     const Workspace workspace(device, unfused_workspace_bytes(p, plan, executor.num_threads));
     pass(p, args, plan, executor, workspace.data());
   }
@@ -80,12 +68,7 @@ Call::Call(const Parameters& parameters, const char* query_name, const Tensor& q
   for (int64_t d = 0; d < rank + 2; ++d) grid.push_back(query.size(d));
   expected.push_back(p.head_dim);
   check_shape(key_name, key, expected);
-  if (bias) {
-    check_alike("the relative position bias", *bias, query);
-    Ints sizes{p.heads};
-    for (int64_t w : par.window) sizes.push_back(2 * w - 1);
-    check_shape("the relative position bias", *bias, sizes);
-  }
+  if (bias) check_bias(*bias, query, p.heads, par.window);
   if (extra) {
     const std::string name = std::string("additional ") + key_name + "s";
     check_alike(name.c_str(), *extra, query);

@@ -47,4 +47,7 @@ void validate(const Problem& p);
 /// Forward takes 2 * (head_dim + head_dim_v) flops per pair, backward 2 * (3 * head_dim + 2 * head_dim_v).
 int64_t num_pairs(const Problem& p);
 
+/// Multiply-adds of the forward pass, if every window were full: found without looking at the tokens.
+double approximate_work(const Problem& p);
+
 }  // namespace natten

@@ -59,6 +59,7 @@ def _op(name: str):
 
 
 NA_FWD, NA_BWD, KEY_SPANS = _op("na_fwd"), _op("na_bwd"), _op("key_spans")
+NA_VARLEN_FWD, NA_VARLEN_BWD = _op("na_varlen_fwd"), _op("na_varlen_bwd")
 NA_QK, NA_QK_BWD, NA_AV, NA_AV_BWD = _op("na_qk"), _op("na_qk_bwd"), _op("na_av"), _op("na_av_bwd")
 
 

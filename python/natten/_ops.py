@@ -38,6 +38,14 @@ def _bwd(dout, dlse, x, out, lse, options):
     return present(gradients, x)
 
 
+def run_op(op, tensors, options, backend):
+    """The op, its errors as Python's; `backend` is what the caller has named, or None."""
+    try:
+        return op(*tensors, *options)
+    except (RuntimeError, ValueError) as error:
+        raise translated(error, tensors[0].device.type, backend) from None
+
+
 class Forward:
     """Rules of na_fwd(*x, *options) -> (out, lse)."""
 
@@ -78,7 +86,8 @@ class Backward:
         return tuple(out.new_zeros(0) if g is None else g for g in sums)
 
 
-def _fake_fwd(q, k, v, bias, extra_k, extra_v, *options):
+def empty_results(q, k, v, *_):
+    """(out, lse), uninitialised: the fake kernel of every forward op whose tensors have their heads last."""
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=lse_dtype)
 
@@ -96,7 +105,7 @@ def _traced_fwd(*args):
 
 
 if HAS_LIBNATTEN:
-    torch.library.register_fake(NA_FWD)(_fake_fwd)
+    torch.library.register_fake(NA_FWD)(empty_results)
     torch.library.register_fake(NA_BWD)(_fake_bwd)
     torch.library.register_fake(KEY_SPANS)(_fake_key_spans)
 

@@ -12,6 +12,7 @@ import math
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _legacy, _library
+from ._varlen_ops import pieces_of
 
 
 def _pairs(q, extra_k, window, stride, dilation, causal) -> int:
@@ -33,6 +34,28 @@ def na_bwd_flops(*args, out_shape=None, **kwargs) -> int:
     """Takes the arguments of the op na_bwd."""
     _, _, q, _, v, _, extra_k, _, _, _, *geometry = args[:14]
     return 2 * (3 * q[-1] + 2 * v[-1]) * _pairs(q, extra_k, *geometry)
+
+
+def _packed_pairs(q, options) -> int:
+    """Pairs of all samples and heads; takes the tensor q and what na_varlen_fwd takes behind the bias."""
+    window, stride, dilation, causal = options[3:7]
+    pairs = 0
+    for (q0, q1), (k0, k1), grid in pieces_of(options):
+        if grid is not None:
+            pairs += _library.num_pairs(grid, window, stride, dilation, causal)
+        else:
+            pairs += (q1 - q0) * (q1 - q0 + 1) // 2 if causal[0] else (q1 - q0) * (k1 - k0)
+    return q.shape[0] * q.shape[2] * pairs
+
+
+def na_varlen_fwd_flops(q, k, v, bias, *options, out_val=None, **kwargs) -> int:
+    """Takes the arguments of the op na_varlen_fwd."""
+    return 2 * (q.shape[-1] + v.shape[-1]) * _packed_pairs(q, options)
+
+
+def na_varlen_bwd_flops(dout, dlse, q, k, v, bias, out, lse, *options, out_val=None, **kwargs) -> int:
+    """Takes the arguments of the op na_varlen_bwd."""
+    return 2 * (3 * q.shape[-1] + 2 * v.shape[-1]) * _packed_pairs(q, options)
 
 
 def _unfused_pairs(x, extra, geometry) -> int:
@@ -65,6 +88,9 @@ def na_av_bwd_flops(dout, attn, v, extra_v, *geometry, out_shape=None, **kwargs)
 if _library.HAS_LIBNATTEN:
     register_flop_formula(_library.NA_FWD.overloadpacket)(na_fwd_flops)
     register_flop_formula(_library.NA_BWD.overloadpacket)(na_bwd_flops)
+    # Raw: the values of bounds matter, not their shapes.
+    register_flop_formula(_library.NA_VARLEN_FWD.overloadpacket, get_raw=True)(na_varlen_fwd_flops)
+    register_flop_formula(_library.NA_VARLEN_BWD.overloadpacket, get_raw=True)(na_varlen_bwd_flops)
     register_flop_formula(_library.NA_QK.overloadpacket)(na_qk_flops)
     register_flop_formula(_library.NA_QK_BWD.overloadpacket)(na_qk_bwd_flops)
     register_flop_formula(_library.NA_AV.overloadpacket)(na_av_flops)

@@ -16,8 +16,9 @@ from . import _arguments as args
 from . import _legacy, _tuning, context
 from ._errors import WrongType, translated
 from ._geometry import geometry_of
-from ._ops import na_fwd
-from ._varlen import attend_nothing, attend_samples, sample_bounds
+from ._ops import na_fwd, run_op
+from ._varlen import sample_bounds
+from ._varlen_ops import dense_problem, na_varlen_fwd
 from .merge import merge_attentions
 from .unfused import attend, na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
 from .varlen import na1d_varlen, na2d_varlen, na3d_varlen
@@ -86,7 +87,7 @@ def _neighborhood(
     if return_weights or attn_drop:
         dropout_p = args.probability("attn_drop", attn_drop)
         return _unfused(tensors, options, shape[1:-2], dropout_p, return_lse, return_weights)
-    out, lse = _run(tensors, options, backend)
+    out, lse = run_op(na_fwd, tensors, options, backend)
     if geometry.padding:
         out, lse = _cropped(shape[1:-2], 1, out, lse)
     return (out, lse) if return_lse else out
@@ -203,13 +204,6 @@ def _checked_tensors(name, rank, query, key, value, extra_k, extra_v, rpb):
     return query, key, value, rpb, extra_k, extra_v
 
 
-def _run(tensors, options, backend):
-    try:
-        return na_fwd(*tensors, *options)
-    except (RuntimeError, ValueError) as error:
-        raise translated(error, tensors[0].device.type, backend) from None
-
-
 def _tell_of_layout(name, query) -> None:
     mode = context.NattenContext.layout_check
     if mode == "off":
@@ -260,7 +254,8 @@ def attention(
 
     Samples of different lengths may be packed one behind the other into a batch of 1: give `seqlens_Q` and
     `seqlens_KV`, the lengths, or `cumulative_seqlen_Q` and `cumulative_seqlen_KV`, their running sums from 0, with
-    `max_seqlen_Q` and `max_seqlen_KV`. Lengths may be zero. Such calls loop over the samples and cannot be compiled.
+    `max_seqlen_Q` and `max_seqlen_KV`. Lengths may be zero. They are read in every call, so the device is waited for
+    if they are there. torch.compile takes running sums as tensors, and no others.
 
     Args:
         query: [batch, seqlen_q, heads, head_dim]; float32, float64, float16 or bfloat16.
@@ -276,7 +271,7 @@ def attention(
         [batch, seqlen_q, heads, head_dim_v] and with `return_lse` also [batch, seqlen_q, heads], float32 (float64 for
         float64). A query without keys gets 0 and -inf.
 
-    Raises: as `neighborhood_attention_generic`; RuntimeError for packed samples under torch.compile.
+    Raises: as `neighborhood_attention_generic`; RuntimeError for lengths under torch.compile.
     """
     tuning = q_tile_size, kv_tile_size, backward_q_tile_size, backward_kv_tile_size, backward_kv_splits
     tuning += backward_use_pt_reduction, run_persistent_kernel, kernel_schedule, torch_compile
@@ -292,34 +287,16 @@ def attention(
     scale = args.scale_or_default(scale, query.shape[-1])
     plan = _tuning.plan_of(backend, plan, query)
 
-    def attend(q, k, v):
-        return _dense(q, k, v, causal, scale, plan, backend)
-
-    bounds = sample_bounds(query, key, seqlens_Q, seqlens_KV, cumulative_seqlen_Q, cumulative_seqlen_KV, max_seqlen_Q,
+    bounds = sample_bounds(query, seqlens_Q, seqlens_KV, cumulative_seqlen_Q, cumulative_seqlen_KV, max_seqlen_Q,
                            max_seqlen_KV)  # fmt: skip
-    out, lse = attend(query, key, value) if bounds is None else attend_samples(attend, query, key, value, *bounds)
+    if bounds is None and key.shape[1] > 0:
+        tensors, window = dense_problem(query, key, value, causal)
+        out, lse = run_op(na_fwd, tensors, (window, [1], [1], [causal], scale, True, plan), backend)
+    else:  # without keys it is a packed call, in which that is legal
+        bounds = bounds or [torch.tensor([0, x.shape[1]], device="cpu") for x in (query, key)]
+        samples = [], *bounds, [1], [1], [1], [causal], scale, True, plan
+        out, lse = run_op(na_varlen_fwd, (query, key, value, None), samples, backend)
     return (out, lse) if return_lse else out
-
-
-def _dense(query, key, value, causal, scale, plan, backend):
-    """Dense attention is the 1-D problem whose window is the whole axis; between axes of two lengths it is a problem
-    without keys on the grid, whose keys are all additional."""
-    length, length_kv = query.shape[1], key.shape[1]
-    if length_kv == 0:
-        if query.shape[2] % max(key.shape[2], 1) != 0:
-            raise ValueError(f"heads {query.shape[2]} must be a multiple of key/value heads {key.shape[2]}")
-        return attend_nothing(query, key, value)
-    if length == length_kv:
-        tensors, window = (query, key, value, None, None, None), length
-    elif causal:
-        raise ValueError(
-            f"attention with is_causal needs as many queries as keys, got {length} and {length_kv}: "
-            "which key a query is aligned with is ambiguous otherwise"
-        )
-    else:
-        none = [x.new_empty(x.shape[0], 0, *x.shape[2:]) for x in (key, value)]
-        tensors, window = (query, *none, None, key, value), 0
-    return _run(tensors, ([window], [1], [1], [causal], scale, True, plan), backend)
 
 
 __getattr__ = _legacy.finder(__name__, "legacy_functional")

@@ -9,13 +9,14 @@
 #include "natten/error.h"
 
 namespace natten {
-namespace {
 
 const Backend& backend_of(const Plan& plan) {
   for (const Backend* backend : kBackends)
     if (plan.backend == backend->name) return *backend;
   throw Error(ErrorKind::invalid_argument, "this build has no engine '" + std::string(plan.backend) + "'");
 }
+
+namespace {
 
 bool is_empty(const Problem& p) { return p.batch == 0 || p.tokens() == 0; }
 

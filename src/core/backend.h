@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 
+#include "natten/packed.h"
 #include "natten/unfused.h"
 
 namespace natten {
@@ -29,6 +30,13 @@ struct UnfusedKernels {
   Run sum_bias;       ///< bias = sums of W over samples and queries
 };
 
+/// Samples of packed calls whose plans are of this backend. The forward pass needs the workspace of a sample, no more.
+struct PackedKernels {
+  size_t (*workspace_bytes)(std::span<const BackwardSample>);
+  void (*forward)(std::span<const ForwardSample>, const Executor&, void* workspace);
+  void (*backward)(std::span<const BackwardSample>, const Executor&, void* workspace);
+};
+
 struct Backend {
   const char* name;
   DeviceKind device;
@@ -38,6 +46,7 @@ struct Backend {
   void (*forward)(const Problem&, const ForwardArgs&, const Plan&, const Executor&, void* workspace);
   void (*backward)(const Problem&, const BackwardArgs&, const Plan&, const Executor&, void* workspace);
   const UnfusedKernels* unfused = nullptr;  ///< null: this backend has none
+  const PackedKernels* packed = nullptr;    ///< null: one sample after the other
 };
 
 namespace reference {
@@ -64,5 +73,8 @@ inline constexpr const Backend* kBackends[] = {
     &cuda_reference::kBackend,
 #endif
 };
+
+/// The backend that a plan names.
+const Backend& backend_of(const Plan& plan);
 
 }  // namespace natten

@@ -102,4 +102,10 @@ int64_t num_pairs(const Problem& p) {
   return pairs + p.tokens() * p.extra_keys;
 }
 
+double approximate_work(const Problem& p) {
+  double keys = p.has_window() ? 1 : 0;
+  for (const Axis& a : p.axes) keys *= std::min(a.window, a.extent);
+  return double(p.batch) * p.heads * double(p.tokens()) * (p.head_dim + p.head_dim_v) * (keys + p.extra_keys);
+}
+
 }  // namespace natten

@@ -9,9 +9,8 @@ namespace natten {
 namespace {
 
 const UnfusedKernels& kernels_of(const Plan& plan) {
-  for (const Backend* backend : kBackends)
-    if (plan.backend == backend->name && backend->unfused) return *backend->unfused;
-  throw Error(ErrorKind::invalid_argument, "this build has no engine '" + std::string(plan.backend) + "'");
+  if (const UnfusedKernels* kernels = backend_of(plan).unfused) return *kernels;
+  throw Error(ErrorKind::invalid_argument, "engine '" + std::string(plan.backend) + "' has no unfused operators");
 }
 
 }  // namespace

@@ -155,7 +155,7 @@ def scale_of(name, exact):
     """The largest number of a reference, or what that would be in a problem without degenerate windows."""
     smallest = 1.0 if name in DIFFERENCES else 0.1
     if name == "dbias":  # sums over all queries
-        smallest = exact["lse"][..., 0].numel() ** 0.5
+        smallest = max(exact["lse"][..., 0].numel(), 1) ** 0.5
     return max(float(exact[name].abs().max()), smallest)
 
 

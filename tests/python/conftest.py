@@ -36,6 +36,7 @@ def pytest_collection_modifyitems(config, items):
 ON_EVERY_DEVICE = {
     "test_attention",
     "test_autocast",
+    "test_configs",
     "test_determinism",
     "test_gradients",
     "test_layout",
@@ -51,6 +52,7 @@ ON_EVERY_DEVICE = {
     "test_torch_transforms",
     "test_unfused",
     "test_varlen",
+    "test_varlen_grids",
     "test_windows",
 }
 DEVICES = os.environ.get("NATTEN_TEST_DEVICES", "cpu,cuda" if torch.cuda.is_available() else "cpu").split(",")
@@ -81,6 +83,17 @@ def device(request):
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def initial_switches():
+    from natten import context
+
+    context.NattenContext.reset()
+    context.AutotunerContext.reset()
+    yield
+    context.NattenContext.reset()
+    context.AutotunerContext.reset()
 
 
 @pytest.fixture

@@ -1,65 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""What real projects call, as they call it: arguments, order, layouts. Compared with the dense fp64 reference."""
+"""What real projects call, as they call it: arguments, order, layouts. Compared with the dense fp64 reference. Fused
+calls and layers; test_clients_unfused.py has the others."""
 
-import dense
-import dense_unfused
 import pytest
 import torch
-from torch.nn.functional import dropout, pad, softmax
+from clients import close, dense_layer, dense_na, rows
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 import natten
 from natten import context
 
-
-@pytest.fixture(autouse=True)
-def _initial_switches():
-    context.NattenContext.reset()
-    context.AutotunerContext.reset()
-    yield
-    context.NattenContext.reset()
-    context.AutotunerContext.reset()
-
-
-def rows(*shape, dtype=torch.float32, count=3):
-    return [torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(count)]
-
-
-def per_axis(value, rank):
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * rank
-
-
-def dense_na(q, k, v, window, dilation=1, causal=False, scale=None, stride=1, bias=None):
-    """Heads-last attention in fp64."""
-    rank = q.dim() - 3
-    geometry = [per_axis(x, rank) for x in (window, stride, dilation, causal)]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    bias = None if bias is None else bias.double()
-    return dense.attention(q.double(), k.double(), v.double(), *geometry, scale, bias)[0]
-
-
-def dense_layer(module, x, pad_input=False, table=None):
-    """A layer in fp64, from its parameters."""
-    x = x.detach().double()
-    grid, rank = x.shape[1:-1], x.dim() - 2
-    if pad_input:
-        amounts = [0, 0]
-        for n, k, d in zip(reversed(grid), reversed(module.kernel_size), reversed(module.dilation)):
-            amounts += [0, max(0, k * d - n)]
-        x = pad(x, amounts)
-    p = {name: y.detach().double() for name, y in module.state_dict().items()}
-    qkv = torch.nn.functional.linear(x, p["qkv.weight"], p.get("qkv.bias"))
-    q, k, v = qkv.unflatten(-1, (3, module.num_heads, -1)).unbind(-3)
-    out = dense_na(q, k, v, module.kernel_size, module.dilation, module.is_causal, module.scale, bias=p.get("rpb"))
-    out = out.flatten(-2)[(slice(None), *(slice(0, n) for n in grid))]
-    assert rank == module.rank
-    return torch.nn.functional.linear(out, p["proj.weight"], p["proj.bias"])
-
-
-def close(got, exact, tolerance=2e-5):
-    assert got.shape == exact.shape
-    error = float((got.double() - exact).detach().abs().max() / exact.detach().abs().max())
-    assert error <= tolerance, error
+pytestmark = pytest.mark.usefixtures("initial_switches")
 
 
 # --- fused calls -----------------------------------------------------------------------------------------------------
@@ -85,6 +37,47 @@ def test_diffusers():
     close(na3d(q, k, v, kernel_size=(3, 3, 3), scale=1.0, backend=None), dense_na(q, k, v, 3, scale=1.0))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_vllm_omni_and_xdit(compiled):
+    """They serve the diffusers processor: [batch, heads, tokens, head_dim] of a server's layout, brought into the shape
+    of a volume without a copy, in inference mode, in half precision, eager and compiled."""
+    grid = (4, 6, 9)
+    q, k, v = rows(2, 3, 4 * 6 * 9, 64, dtype=torch.bfloat16)
+
+    def processor(q, k, v):
+        q, k, v = (x.transpose(1, 2).unflatten(1, grid) for x in (q, k, v))
+        out = natten.functional.na3d(q, k, v, kernel_size=(3, 5, 5), scale=1.0, backend=None)
+        return out.flatten(1, 3).flatten(2)
+
+    volumes = [x.transpose(1, 2).unflatten(1, grid) for x in (q * 64**-0.5, k, v)]
+    exact = dense_na(*volumes, (3, 5, 5), scale=1.0).flatten(1, 3).flatten(2)
+    run = torch.compile(processor, fullgraph=True, backend="aot_eager") if compiled else processor
+    with torch.inference_mode():
+        close(run(q * 64**-0.5, k, v), exact, 1e-2)
+
+
+def test_pixal3d():
+    """Saganaki22/Pixal3D-ComfyUI: wants release 0.21.6 or newer with its library. Which functions it calls is not
+    known: those of that release for volumes, windows larger than the volume among them, and dense attention."""
+    assert natten.HAS_LIBNATTEN
+    assert tuple(int(n) for n in natten.__version__.split(".")[:3]) >= (0, 21, 6)
+    q, k, v = rows(1, 4, 5, 6, 2, 32, dtype=torch.float16)
+    options = {"stride": 1, "dilation": 1, "is_causal": False, "scale": None, "backend": None, "return_lse": True}
+    out, lse = natten.na3d(q, k, v, (3, 3, 5), **options)
+    close(out, dense_na(q, k, v, (3, 3, 5)), 3e-3)
+    assert lse.shape == q.shape[:-1] and lse.dtype == torch.float32
+    close(natten.na3d(q, k, v, (8, 8, 8), torch_compile=False), dense_na(q, k, v, 8), 3e-3)
+    line = [x.flatten(1, 3) for x in (q, k, v)]
+    close(natten.attention(*line, run_persistent_kernel=True), dense_na(*line, 120), 3e-3)
+
+
+def test_ltx_fallback():
+    """`fallback_na.eager.na3d`, the eager form that LTX keeps: called as the fused one, windows cut at the volume."""
+    q, k, v = rows(1, 3, 6, 9, 2, 16)
+    for kernel_size in ((3, 5, 5), (7, 5, 5), (3, 11, 3)):
+        close(natten.na3d(q, k, v, kernel_size=kernel_size, scale=1.0), dense_na(q, k, v, kernel_size, scale=1.0))
+
+
 @pytest.mark.parametrize(
     "kernel_size, stride, dilation",
     [((5, 4, 8), (1, 1, 1), (1, 2, 1)), ((5, 6, 8), (1, 3, 1), (1, 1, 2)), ((5, 6, 12), (1, 3, 8), 1)],
@@ -108,6 +101,27 @@ def test_physicsnemo(rank):
     q, k, v = rows(1, *(5, 6, 7)[:rank], 2, 8)
     close(function(q, k, v, 3, dilation=2), dense_na(q, k, v, 3, 2))
     close(function(q, k, v, 3, is_causal=True, scale=0.5), dense_na(q, k, v, 3, causal=True, scale=0.5))
+
+
+class _Shards(torch.Tensor):
+    """A tensor whose class intercepts torch's functions, as its sharded tensors do."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_physicsnemo_layers():
+    """Normalised queries and keys under autocast, a backend that is passed through, and tensors of another class."""
+    norms = [torch.nn.LayerNorm(16) for _ in range(2)]
+    q, k, v = rows(1, 8, 9, 2, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        normed = norms[0](q), norms[1](k)
+        out = natten.functional.na2d(*normed, v, 3, dilation=2, backend=None)
+    assert out.dtype == torch.bfloat16
+    close(out, dense_na(*normed, v, 3, 2), 2e-2)
+    out = natten.functional.na2d(*(x.as_subclass(_Shards) for x in (q, k, v)), 3, dilation=2)
+    close(out.as_subclass(torch.Tensor), dense_na(q, k, v, 3, 2))
 
 
 def test_anyup():
@@ -173,144 +187,32 @@ def test_segman():
 )
 def test_comfy_kitchen(grid, kernel_size, causal):
     """A competing drop-in clamps windows and takes windows and axes of one."""
-    q, k, v = rows(1, *grid, 2, 48)
-    out = natten.na3d(q, k, v, kernel_size, is_causal=causal, scale=None)
-    close(out, dense_na(q, k, v, kernel_size, causal=causal))
+    for head_dim in (16, 32, 48, 64):
+        q, k, v = rows(1, *grid, 2, head_dim)
+        out = natten.na3d(q, k, v, kernel_size, is_causal=causal, scale=None)
+        close(out, dense_na(q, k, v, kernel_size, causal=causal))
+    q, k, v = (x[:, 0] for x in (q, k, v))
+    close(natten.na2d(q, k, v, 3, is_causal=None, scale=0.5), dense_na(q, k, v, 3, scale=0.5))
 
 
-# --- unfused calls ---------------------------------------------------------------------------------------------------
-
-
-def exact_attention(q, k, v, window, dilation=1, rpb=None):
-    rpb = None if rpb is None else rpb.double()
-    return dense_unfused.attention(q.double(), k.double(), v.double(), window, dilation, False, rpb)
-
-
-def test_all_in_one():
-    """mir-aidj/all-in-one: 0.14.6 names in one and two dimensions, five and four arguments."""
-    from natten.functional import natten1dav, natten1dqkrpb, natten2dav, natten2dqkrpb
-
-    for grid, qkrpb, av in (((17,), natten1dqkrpb, natten1dav), ((10, 14), natten2dqkrpb, natten2dav)):
-        q, k, v = rows(2, 3, *grid, 12)
-        rpb = torch.randn(3, *(9 for _ in grid), requires_grad=True)
-        attn = qkrpb(q, k, rpb, 5, 2)
-        logits, exact = exact_attention(q, k, v, 5, 2, rpb.detach())
-        close(attn, logits)
-        out = av(softmax(attn, dim=-1), v, 5, 2)
-        close(out, exact)
-        assert torch.autograd.grad(out.sum(), rpb)[0].isfinite().all()
-
-
-def test_transformers_before_0_14_5():
-    """Four and three arguments; the padded input of the layer around them is the caller's."""
-    from natten.functional import natten2dav, natten2dqkrpb
-
-    q, k, v = rows(1, 2, 14, 15, 8)
-    rpb = torch.randn(2, 13, 13)
-    attn = natten2dqkrpb(q, k, rpb, 2)
-    logits, exact = exact_attention(q, k, v, 7, 2, rpb)
-    close(attn, logits)
-    close(natten2dav(softmax(attn, dim=-1), v, 2), exact)
-
-
-def test_jafar():
-    """Wants the weights as well."""
-    from natten.functional import na2d_av, na2d_qk
-
-    q, k, v = rows(1, 2, 9, 9, 16)
-    attn = na2d_qk(q, k, kernel_size=(3, 3), dilation=(2, 2)).softmax(-1)
-    _, exact = exact_attention(q, k, v, 3, 2)
-    close(na2d_av(attn, v, kernel_size=(3, 3), dilation=(2, 2)), exact)
-    q, k, v = (x.movedim(1, -2) for x in (q, k, v))
-    out, weights = natten.na2d(q, k, v, kernel_size=(3, 3), dilation=(2, 2), scale=1.0, return_weights=True)
-    close(out.movedim(-2, 1), exact)
-    close(weights, attn.double())
-
-
-def test_stylenat():
-    """HydraNA: heads in groups, the last ones larger, each group with its window, dilation and bias."""
-    from natten import use_autotuner, use_fused_na
-    from natten.functional import na2d_av, na2d_qk
-
-    use_fused_na(True)
-    use_autotuner(True)
-    heads, head_dim, kernel_sizes, dilations = 5, 8, [3, 7], [1, 2]
-    groups = [2, 3]
-    qkv = torch.nn.Linear(heads * head_dim, 3 * heads * head_dim)
-    x = torch.randn(2, 14, 16, heads * head_dim)
-    tables = [torch.randn(h, 2 * k - 1, 2 * k - 1) for h, k in zip(groups, kernel_sizes)]
-    q, k, v = qkv(x).reshape(2, 14, 16, 3, heads, head_dim).permute(3, 0, 4, 1, 2, 5)
-    q = q * head_dim**-0.5
-    outs, exacts = [], []
-    for _q, _k, _v, kernel_size, dilation, rpb in zip(
-        q.split(groups, 1), k.split(groups, 1), v.split(groups, 1), kernel_sizes, dilations, tables
-    ):
-        attn = na2d_qk(_q, _k, kernel_size=kernel_size, dilation=dilation, rpb=rpb)
-        attn = dropout(softmax(attn, dim=-1), 0.0)
-        outs.append(na2d_av(attn, _v, kernel_size=kernel_size, dilation=dilation))
-        exacts.append(exact_attention(_q.detach(), _k.detach(), _v.detach(), kernel_size, dilation, rpb)[1])
-    out = torch.cat(outs, 1).permute(0, 2, 3, 1, 4).reshape(x.shape)
-    close(out, torch.cat(exacts, 1).permute(0, 2, 3, 1, 4).reshape(x.shape))
-
-
-def test_overlock():
-    """ContMix: weights of its own, shared by the channels of a group."""
-    from natten.functional import na2d_av
-
-    weights, (value,) = torch.rand(2, 4, 9, 11, 25), rows(2, 4, 9, 11, 6, count=1)
-    where, _ = dense_unfused.slots_of((9, 11), 5, 1, False)
-    exact = dense_unfused.dense_av(weights.double(), value.double(), None, where)
-    close(na2d_av(weights, value, kernel_size=5), exact)
-
-
-def test_agileformer():
-    """0.15 names, all positional."""
-    from natten.functional import na2d_av, na2d_qk_with_bias
-
-    q, k, v = rows(1, 2, 9, 10, 8)
-    rpb = torch.randn(2, 9, 9)
-    attn = na2d_qk_with_bias(q, k, rpb, 5, 1)
-    logits, exact = exact_attention(q, k, v, 5, 1, rpb)
-    close(attn, logits)
-    close(na2d_av(attn.softmax(-1), v, 5, 1), exact)
-
-
-def test_superpixels():
-    """Weights changed between the two steps."""
-    from natten.functional import natten2dav, natten2dqkrpb
-
-    q, k, v = rows(1, 2, 8, 9, 8)
-    attn = natten2dqkrpb(q, k, torch.zeros(2, 9, 9), 5, 1)
-    weights = attn.softmax(-1) * torch.rand_like(attn)
-    weights = weights / weights.sum(-1, keepdim=True)
-    where, _ = dense_unfused.slots_of((8, 9), 5, 1, False)
-    close(natten2dav(weights, v, 5, 1), dense_unfused.dense_av(weights.double(), v.double(), None, where))
-
-
-def test_native_segmentation():
-    """Logits with a bias alone, keys in the place of queries."""
-    from natten.functional import na2d_qk
-
-    q, k, v = rows(1, 2, 8, 9, 8)
-    bias = torch.randn(2, 5, 5)
-    close(na2d_qk(k, q, kernel_size=3, rpb=bias), exact_attention(k, q, v, 3, 1, bias)[0])
-
-
-def test_cosmology():
-    """Three axes, a radial bias between the steps, periodic padding around them."""
-    from natten.functional import na3d, na3d_av, na3d_qk
-
-    q, k, v = (pad(x.flatten(0, 1).movedim(-1, 1), (1,) * 6, mode="circular") for x in rows(1, 2, 4, 5, 6, 8))
-    q, k, v = (x.movedim(1, -1)[None] for x in (q, k, v))
-    radial = torch.randn(27)
-    attn = na3d_qk(q, k, kernel_size=3, dilation=1) + radial
-    logits, _ = exact_attention(q, k, v, 3)
-    close(attn, logits + radial.double())
-    where, _ = dense_unfused.slots_of(q.shape[2:-1], 3, 1, False)
-    exact = dense_unfused.dense_av(attn.double().softmax(-1), v.double(), None, where)
-    close(na3d_av(attn.softmax(-1), v, kernel_size=3, dilation=1), exact)
-    q, k, v = (x.movedim(1, -2) for x in (q, k, v))
-    close(na3d(q, k, v, kernel_size=3), dense_na(q, k, v, 3))
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_natten_mps(rank):
+    """Another drop-in: fused and unfused operators of three ranks, and grids of several sizes in one call."""
+    grids = [(5, 6, 7)[:rank], (4, 3, 5)[:rank], (1, 1, 1)[:rank]]
+    tokens = sum(int(torch.tensor(grid).prod()) for grid in grids)
+    q, k, v = rows(1, tokens, 2, 8)
+    out = getattr(natten.functional, f"na{rank}d_varlen")(q, k, v, grids, 3)
+    begin = 0
+    for grid in grids:
+        end = begin + int(torch.tensor(grid).prod())
+        sample = [x[:, begin:end].reshape(1, *grid, 2, 8) for x in (q, k, v)]
+        exact = dense_na(*sample, 3)
+        close(out[:, begin:end].reshape(exact.shape), exact)
+        heads_first = [x.movedim(-2, 1) for x in sample]
+        attn = getattr(natten.functional, f"na{rank}d_qk")(heads_first[0] * 8**-0.5, heads_first[1], 3).softmax(-1)
+        unfused = getattr(natten.functional, f"na{rank}d_av")(attn.nan_to_num(), heads_first[2], 3)
+        close(unfused.movedim(1, -2), exact)
+        begin = end
 
 
 # --- layers ----------------------------------------------------------------------------------------------------------
@@ -373,10 +275,16 @@ def test_oneformer():
     close(layer(x), dense_layer(trained, x, pad_input=True))
 
 
-def test_nac_tcn():
+@pytest.mark.parametrize(
+    "options",
+    [{"dilation": 2}, {"qkv_bias": False, "attn_drop": 0.0, "proj_drop": 0.0}, {"rel_pos_bias": True, "dilation": 3}],
+    ids=["NAC-TCN", "distilnlp", "PCF-NAT"],
+)
+def test_lines(options):
+    """Projects on sequences, all with `dim=`."""
     from natten import NeighborhoodAttention1D
 
-    layer = NeighborhoodAttention1D(dim=16, num_heads=4, kernel_size=5, dilation=2)
+    layer = NeighborhoodAttention1D(dim=16, num_heads=4, kernel_size=5, **options)
     x = torch.randn(3, 21, 16)
     close(layer(x), dense_layer(layer, x))
 

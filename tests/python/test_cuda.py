@@ -125,6 +125,36 @@ def test_cuda_graphs(case, dtype):
             assert torch.equal(a, b), plan
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cuda_graphs_of_packed_samples(dtype):
+    """Their places travel with the launches: 40 samples are more than one launch takes."""
+    grids = [(3 + i % 5, 4 + i % 7) for i in range(40)]
+    tokens = sum(a * b for a, b in grids)
+    q, k, v = (torch.randn(1, tokens, 2, 32, dtype=dtype, requires_grad=True) for _ in range(3))
+    dout = torch.randn(1, tokens, 2, 32, dtype=dtype)
+
+    def run():
+        out = natten.functional.na2d_varlen(q, k, v, grids, 3)
+        lengths = [a * b for a, b in grids]
+        out = out + natten.attention(q, k, v, seqlens_Q=lengths, seqlens_KV=lengths)
+        return out, *torch.autograd.grad(out, (q, k, v), dout)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        for x in (q, k, v):
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    for a, b in zip(captured, run(), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled(mode):
     torch.compiler.reset()

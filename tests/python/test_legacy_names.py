@@ -231,33 +231,3 @@ def test_nested_tensors_reach_the_public_operators():
             functional.na2d_qk(*mixed, 3)
     with pytest.raises(ValueError, match="nested one"):
         functional.na2d_qk(q, q, 3, rpb=torch.nested.nested_tensor([torch.zeros(2, 5, 5)] * 2))
-
-
-# --- grids of different sizes ----------------------------------------------------------------------------------------
-
-VARLEN = {1: functional.na1d_varlen, 2: functional.na2d_varlen, 3: functional.na3d_varlen}
-GRIDS = {1: [(7,), (0,), (3,), (12,)], 2: [(4, 5), (0, 9), (6, 3), (1, 1)], 3: [(2, 3, 4), (3, 0, 2), (3, 3, 3)]}
-
-
-@pytest.mark.parametrize("rank", [1, 2, 3])
-def test_varlen(rank):
-    tokens = sum(int(torch.tensor(grid).prod()) for grid in GRIDS[rank])
-    q, k, v = (torch.randn(1, tokens, 2, 8, requires_grad=True) for _ in range(3))
-    rpb = torch.randn(2, *[5] * rank)
-    options = {"dilation": 2, "is_causal": True, "rpb": rpb}
-    out, lse = VARLEN[rank](q, k, v, GRIDS[rank], 3, **options, return_lse=True)
-    begin, function = 0, getattr(natten, f"na{rank}d")
-    for grid in GRIDS[rank]:
-        end = begin + int(torch.tensor(grid).prod())
-        parts = [x[:, begin:end].reshape(1, *grid, 2, 8) for x in (q, k, v)]
-        assert torch.equal(out[:, begin:end].reshape(1, *grid, 2, 8), function(*parts, 3, **options))
-        begin = end
-    assert lse.shape == (1, tokens, 2)
-    assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum() + lse.sum(), (q, k, v)))
-    empty = VARLEN[rank](q[:, :0], k[:, :0], v[:, :0], [], 3)
-    assert empty.shape == (1, 0, 2, 8)
-    for bad in ([(3,) * rank], [(-1,) * rank], [(tokens,) * (rank + 1)]):
-        with pytest.raises(ValueError):
-            VARLEN[rank](q, k, v, bad, 3)
-    with pytest.raises(TypeError, match="unexpected"):
-        VARLEN[rank](q, k, v, GRIDS[rank], 3, window=3)

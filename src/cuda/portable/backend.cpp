@@ -10,8 +10,6 @@
 namespace natten::cuda_portable {
 namespace {
 
-constexpr std::string_view kWindow = "window", kBoxes = "boxes", kBoxesTf32 = "boxes-tf32";
-
 void list_plans(const Problem& p, Pass pass, PlanList& list) {
   const cuda::DeviceInfo* device = cuda::current_device();
   if (!device)
@@ -35,22 +33,27 @@ void list_plans(const Problem& p, Pass pass, PlanList& list) {
 }
 
 size_t workspace_bytes(const Problem& p, Pass pass, const Plan& plan, int) {
-  const size_t boxes = boxes_workspace(p, pass);
+  const BoxesSample all = only_sample(p);
+  const size_t boxes = boxes_workspace(p, pass, {&all, 1});
   return plan.variant == kWindow ? std::max(window_workspace(p, pass), boxes) : boxes;
 }
 
 void forward(const Problem& p, const ForwardArgs& args, const Plan& plan, const Executor& executor, void*) {
   if (plan.variant == kWindow && window_forward(p, args, executor.stream)) return;
-  boxes_forward(p, args, plan.variant == kBoxesTf32, executor.stream);
+  const BoxesSample all = only_sample(p);
+  boxes_forward(p, args, {&all, 1}, plan.variant == kBoxesTf32, executor.stream);
 }
 
 void backward(const Problem& p, const BackwardArgs& args, const Plan& plan, const Executor& executor, void* workspace) {
   if (plan.variant == kWindow && window_backward(p, args, executor.stream, workspace)) return;
-  boxes_backward(p, args, plan.variant == kBoxesTf32, executor.stream, workspace);
+  const BoxesSample all = only_sample(p);
+  boxes_backward(p, args, {&all, 1}, plan.variant == kBoxesTf32, executor.stream, workspace);
 }
 
 }  // namespace
 
-const Backend kBackend{"portable", DeviceKind::cuda, list_plans, workspace_bytes, forward, backward};
+constexpr PackedKernels kPacked{samples_workspace, run_samples, run_samples};
+
+const Backend kBackend{"portable", DeviceKind::cuda, list_plans, workspace_bytes, forward, backward, nullptr, &kPacked};
 
 }  // namespace natten::cuda_portable

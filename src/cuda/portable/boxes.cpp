@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <span>
 
 #include "cuda/device.h"
 #include "cuda/portable/kernels.h"
@@ -21,21 +22,17 @@ constexpr int kWarps = kThreads / 32;
 
 int block_n(const Problem& p) { return block_columns(size_of(p.dtype), bucket(p)); }
 
-Rows rows(const Problem& p, const TensorView& view, int dim) {
+Rows rows(const Problem& p, const TensorView& view, int dim, bool of_keys = false) {
   const int chunk = 16 / size_of(p.dtype);
   bool vector = dim % chunk == 0 && reinterpret_cast<uintptr_t>(view.ptr) % 16 == 0;
   for (int i = 0; i < 5; ++i) vector = vector && view.strides[i] % chunk == 0;
-  return {view, dim, vector};
+  return {view, dim, vector, of_keys};
 }
 
 int64_t bias_entries(const Problem& p) {
   int64_t entries = p.has_bias ? 1 : 0;
   for (const Axis& a : p.axes) entries *= 2 * int64_t{a.window} - 1;
   return entries;
-}
-
-int64_t groups(const Problem& p) {
-  return int64_t{num_groups(p.axes[0])} * num_groups(p.axes[1]) * num_groups(p.axes[2]);
 }
 
 // Positions that a tile of `tile` along an axis sees, in the middle of the longest group.
@@ -66,34 +63,59 @@ Int3 choose_tile(const Problem& p, Side side) {
 void set_tile(BoxesParams& params, Side side) {
   const Problem& p = params.problem;
   params.side = side;
-  if (side == Side::extra_keys) {
-    params.tile = {1, 1, std::min(p.extra_keys, kBlockM)};
-    params.num_tiles = {1, 1, detail::ceil_div(p.extra_keys, params.tile.x)};
-  } else {
-    params.tile = choose_tile(p, side);
-    params.num_tiles = {detail::ceil_div(group_axis(p.axes[0], 0).extent, params.tile.z),
-                        detail::ceil_div(group_axis(p.axes[1], 0).extent, params.tile.y),
-                        detail::ceil_div(group_axis(p.axes[2], 0).extent, params.tile.x)};
-  }
+  const bool extra = side == Side::extra_keys;
+  params.tile = extra ? Int3{1, 1, std::min(p.extra_keys, kBlockM)} : choose_tile(p, side);
   params.tile_x = FastDiv(params.tile.x), params.tile_y = FastDiv(params.tile.y);
-  params.num_items = int(params.num_tiles.volume() * (side == Side::extra_keys ? 1 : groups(p)) * p.batch *
-                         (side == Side::queries ? p.heads : p.heads_kv));
+  params.num_items = 0;
+  for (int i = 0; i < params.num_samples; ++i) {
+    BoxesSample& s = params.samples[i];
+    const int64_t planes = p.batch * (side == Side::queries ? p.heads : p.heads_kv);
+    s.first_item = params.num_items;
+    const auto tiles = [&](const Axis& a, int extent, int tile) {
+      return detail::ceil_div(detail::ceil_div(extent, a.dilation), tile);
+    };
+    s.num_tiles = {tiles(p.axes[0], s.extent.z, params.tile.z), tiles(p.axes[1], s.extent.y, params.tile.y),
+                   tiles(p.axes[2], s.extent.x, params.tile.x)};
+    int64_t groups = int64_t{std::min(p.axes[0].dilation, s.extent.z)} * std::min(p.axes[1].dilation, s.extent.y) *
+                     std::min(p.axes[2].dilation, s.extent.x);
+    if (extra) s.num_tiles = {1, 1, detail::ceil_div(s.extra_keys, params.tile.x)}, groups = 1;
+    params.num_items += int(s.num_tiles.volume() * groups * planes);
+  }
 }
 
-BoxesParams forward_params(const Problem& p, const ForwardArgs& args, bool tf32) {
+BoxesParams forward_params(const Problem& p, const ForwardArgs& args, std::span<const BoxesSample> samples, bool tf32) {
   BoxesParams params;
   params.tf32 = tf32;
   params.problem = p;
-  params.q = rows(p, args.q, p.head_dim), params.k = rows(p, args.k, p.head_dim);
-  params.v = rows(p, args.v, p.head_dim_v);
-  params.extra_k = rows(p, args.extra_k, p.head_dim), params.extra_v = rows(p, args.extra_v, p.head_dim_v);
+  params.num_samples = int(samples.size());
+  std::copy(samples.begin(), samples.end(), params.samples);
+  params.q = rows(p, args.q, p.head_dim);
+  params.k = rows(p, args.k, p.head_dim, true), params.v = rows(p, args.v, p.head_dim_v, true);
+  params.extra_k = rows(p, args.extra_k, p.head_dim, true);
+  params.extra_v = rows(p, args.extra_v, p.head_dim_v, true);
   params.out = rows(p, args.out, p.head_dim_v);
   params.bias = args.bias, params.lse = args.lse;
   params.scale_log2 = float(p.scale * kLog2e);
   return params;
 }
 
-size_t stats_bytes(const Problem& p) { return size_t(p.batch) * p.tokens() * p.heads * sizeof(RowStats); }
+// From the first query of the first sample to the last one of any.
+int64_t tokens_of(std::span<const BoxesSample> samples) {
+  int64_t tokens = 0;
+  for (const BoxesSample& s : samples) tokens = std::max(tokens, s.first_query + s.extent.volume());
+  return tokens;
+}
+
+size_t stats_bytes(const Problem& p, int64_t tokens) {
+  return (size_t(p.batch) * tokens * p.heads * sizeof(RowStats) + 63) / 64 * 64;
+}
+
+// Of all queries; packed ones are a line.
+void run_row_stats(BoxesParams params, int64_t tokens, void* stream) {
+  if (params.num_samples > 1)
+    params.problem.axes[0] = params.problem.axes[1] = {}, params.problem.axes[2] = {int(tokens)};
+  launch_row_stats(params, stream);
+}
 
 int bias_pieces(const Problem& p) {
   if (!p.has_bias) return 0;
@@ -124,29 +146,37 @@ const char* why_not_boxes(const Problem& p, Pass pass) {
   return nullptr;
 }
 
-size_t boxes_workspace(const Problem& p, Pass pass) {
-  if (pass == Pass::forward) return 0;
-  const size_t sums = size_t(p.heads) * bias_pieces(p) * kWarps * bias_entries(p) * sizeof(float);
-  return (stats_bytes(p) + 63) / 64 * 64 + sums;
+BoxesSample only_sample(const Problem& p) {
+  BoxesSample sample;
+  sample.extent = p.grid(), sample.extra_keys = p.extra_keys;
+  return sample;
 }
 
-void boxes_forward(const Problem& p, const ForwardArgs& args, bool tf32, void* stream) {
-  BoxesParams params = forward_params(p, args, tf32);
+size_t boxes_workspace(const Problem& p, Pass pass, std::span<const BoxesSample> samples) {
+  if (pass == Pass::forward) return 0;
+  const size_t sums = size_t(p.heads) * bias_pieces(p) * kWarps * bias_entries(p) * sizeof(float);
+  return stats_bytes(p, tokens_of(samples)) + sums;
+}
+
+void boxes_forward(const Problem& p, const ForwardArgs& args, std::span<const BoxesSample> samples, bool tf32,
+                   void* stream) {
+  BoxesParams params = forward_params(p, args, samples, tf32);
   set_tile(params, Side::queries);
   launch_forward(params, stream);
 }
 
-void boxes_backward(const Problem& p, const BackwardArgs& args, bool tf32, void* stream, void* workspace) {
-  BoxesParams params = forward_params(p, args, tf32);
-  const int64_t x = 1, y = p.axes[2].extent * x, z = p.axes[1].extent * y, head = p.axes[0].extent * z;
-  params.stats = {workspace, {head * p.heads, z, y, x, head, 1}};
+void boxes_backward(const Problem& p, const BackwardArgs& args, std::span<const BoxesSample> samples, bool tf32,
+                    void* stream, void* workspace) {
+  BoxesParams params = forward_params(p, args, samples, tf32);
+  const int64_t tokens = tokens_of(samples), y = samples.size() > 1 ? 0 : p.axes[2].extent, z = y * p.axes[1].extent;
+  params.stats = {workspace, {tokens * p.heads, z, y, 1, tokens, 1}};
   params.dout = rows(p, args.dout, p.head_dim_v), params.dlse = args.dlse;
-  launch_row_stats(params, stream);
+  run_row_stats(params, tokens, stream);
 
   set_tile(params, Side::queries);
   params.dq = rows(p, args.dq, p.head_dim);
   if (args.dbias && p.has_bias) {
-    params.bias_sums = reinterpret_cast<float*>(static_cast<char*>(workspace) + (stats_bytes(p) + 63) / 64 * 64);
+    params.bias_sums = reinterpret_cast<float*>(static_cast<char*>(workspace) + stats_bytes(p, tokens));
     params.bias_pieces = bias_pieces(p);
     params.bias_entries = int(bias_entries(p));
   }
@@ -155,12 +185,12 @@ void boxes_backward(const Problem& p, const BackwardArgs& args, bool tf32, void*
 
   if (p.has_window() && (args.dk || args.dv)) {
     set_tile(params, Side::keys);
-    params.dk = rows(p, args.dk, p.head_dim), params.dv = rows(p, args.dv, p.head_dim_v);
+    params.dk = rows(p, args.dk, p.head_dim, true), params.dv = rows(p, args.dv, p.head_dim_v, true);
     launch_dkdv(params, stream);
   }
   if (p.extra_keys > 0 && (args.dextra_k || args.dextra_v)) {
     set_tile(params, Side::extra_keys);
-    params.dk = rows(p, args.dextra_k, p.head_dim), params.dv = rows(p, args.dextra_v, p.head_dim_v);
+    params.dk = rows(p, args.dextra_k, p.head_dim, true), params.dv = rows(p, args.dextra_v, p.head_dim_v, true);
     launch_dkdv(params, stream);
   }
 }

@@ -32,7 +32,18 @@ struct Rows {
   TensorView view;
   int dim = 0;
   bool vector = false;
+  bool of_keys = false;  ///< in a packed call: a sample's rows begin at its first key, not at its first query
 };
+
+/// One sample of a packed call. What is not packed is one sample too, with rows and offsets of 0.
+struct BoxesSample {
+  int first_item = 0, extra_keys = 0;
+  Int3 extent;                             ///< of its grid
+  Int3 num_tiles;                          ///< per axis, of the longest dilation group
+  int pitch_z = 0, pitch_y = 0;            ///< tokens between neighbours; views have strides of 0 along z and y then
+  int64_t first_query = 0, first_key = 0;  ///< in tokens
+};
+constexpr int kMostSamples = 32;  ///< of one launch: the parameters of a kernel stay below 4 KB
 
 /// What the backward pass needs to know of a query beside its q and dout.
 struct RowStats {
@@ -48,8 +59,7 @@ struct BoxesParams {
   Rows q, k, v, extra_k, extra_v, out, dout, dq, dk, dv;  ///< dk, dv: of additional keys if those are the side
   TensorView bias, lse, dlse;
   Side side = Side::queries;
-  Int3 tile;       ///< shape of a tile; volume at most kBlockM
-  Int3 num_tiles;  ///< per axis, of the longest dilation group
+  Int3 tile;  ///< shape of a tile; volume at most kBlockM
   FastDiv tile_x, tile_y;
   int num_items = 0;
   float scale_log2 = 0;        ///< scale * log2(e)
@@ -57,7 +67,10 @@ struct BoxesParams {
   TensorView stats;            ///< RowStats of every query, contiguous
   float* bias_sums = nullptr;  ///< [heads, pieces, warps, bias entries]: sums of dS
   int bias_pieces = 0, bias_entries = 0;
+  int num_samples = 1;
+  BoxesSample samples[kMostSamples];  ///< by first_item
 };
+static_assert(sizeof(BoxesParams) <= 4096);
 
 // Launches on `stream`; each file of that name instantiates its kernels.
 void launch_forward(const BoxesParams& params, void* stream);

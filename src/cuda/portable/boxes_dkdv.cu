@@ -53,7 +53,7 @@ struct DKDV {
   }
   template <class E>
   __device__ Gather<E> queries(const Rows& tensor, int block) const {
-    return p.side == Side::extra_keys ? gather_plain<E>(tensor, item.batch, head(block), box.begin)
+    return p.side == Side::extra_keys ? gather_plain<E>(p, tensor, item, head(block), box.begin)
                                       : gather_group<E>(p, tensor, item, head(block), box.begin);
   }
 

@@ -32,7 +32,7 @@ struct Forward {
         rows(params, work),
         bias(params, work.head),
         box(box_of(params, work)),
-        extra({0, 0, 0}, {1, 1, params.problem.extra_keys}),
+        extra({0, 0, 0}, {1, 1, params.samples[work.sample].extra_keys}),
         box_blocks(detail::ceil_div(box.volume, kBlockN)),
         num_blocks(box_blocks + detail::ceil_div(extra.volume, kBlockN)),
         smem(memory),
@@ -51,9 +51,9 @@ struct Forward {
       const Box from = in_box ? box : extra;
       const int first = (in_box ? block : block - box_blocks) * kBlockN;
       const Gather<T> k = in_box ? gather_group<T>(p, p.k, item, head_kv, box.begin)
-                                 : gather_plain<T>(p.extra_k, item.batch, head_kv, {0, 0, 0});
+                                 : gather_plain<T>(p, p.extra_k, item, head_kv, {0, 0, 0});
       const Gather<T> v = in_box ? gather_group<T>(p, p.v, item, head_kv, box.begin)
-                                 : gather_plain<T>(p.extra_v, item.batch, head_kv, {0, 0, 0});
+                                 : gather_plain<T>(p, p.extra_v, item, head_kv, {0, 0, 0});
       load_columns<T, kHeadDim, kBlockN>(shared + Map::columns(stage, 0), shared + Map::columns(stage, 1), k, v, from,
                                          first);
       fill_bits<kBlockN>(bits(stage), reinterpret_cast<Span*>(smem + Map::kSpans), p.tile, from, first, !in_box);

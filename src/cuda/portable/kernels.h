@@ -3,18 +3,35 @@
 // workspace it takes, and the two passes. All memory is on the device.
 #pragma once
 #include <cstddef>
+#include <string_view>
+#include <span>
 
-#include "natten/attention.h"
+#include "cuda/portable/boxes.h"
+#include "natten/packed.h"
 
 namespace natten::cuda_portable {
+
+// Variants of plans: the kernels, and how exact their products of floats are.
+constexpr std::string_view kWindow = "window", kBoxes = "boxes", kBoxesTf32 = "boxes-tf32";
 
 /// Null, or the first requirement that the problem does not meet.
 const char* why_not_boxes(const Problem& problem, Pass pass);
 Int3 boxes_tile(const Problem& problem);
-size_t boxes_workspace(const Problem& problem, Pass pass);
+/// A problem as the one sample of a call.
+BoxesSample only_sample(const Problem& problem);
+/// Several samples are parts of the same tensors, at most kMostSamples of them and without a gradient of the bias:
+/// `problem` is then the largest one, with the most keys, and views have strides of 0 along z and y.
 /// `tf32` lets products of floats be as exact as tf32 is, instead of as exact as floats are.
-void boxes_forward(const Problem& problem, const ForwardArgs& args, bool tf32, void* stream);
-void boxes_backward(const Problem& problem, const BackwardArgs& args, bool tf32, void* stream, void* workspace);
+size_t boxes_workspace(const Problem& problem, Pass pass, std::span<const BoxesSample> samples);
+void boxes_forward(const Problem& problem, const ForwardArgs& args, std::span<const BoxesSample> samples, bool tf32,
+                   void* stream);
+void boxes_backward(const Problem& problem, const BackwardArgs& args, std::span<const BoxesSample> samples, bool tf32,
+                    void* stream, void* workspace);
+
+/// All samples of a packed call; workspace as `workspace_bytes` of the core.
+size_t samples_workspace(std::span<const BackwardSample> samples);
+void run_samples(std::span<const ForwardSample> samples, const Executor& executor, void* workspace);
+void run_samples(std::span<const BackwardSample> samples, const Executor& executor, void* workspace);
 
 const char* why_not_window(const Problem& problem, Pass pass);
 Int3 window_tile(const Problem& problem, Pass pass);

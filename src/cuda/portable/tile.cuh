@@ -36,6 +36,7 @@ struct Gather {
 
 /// A tile and the dilation group it lies in.
 struct Item {
+  int sample;
   int64_t batch;
   int head;                      // of the tile's side: of queries, or of keys
   Int3 residue, origin, extent;  // `extent` of the group, in positions
@@ -45,17 +46,29 @@ struct Item {
 
 __device__ __forceinline__ int component(Int3 v, int axis) { return axis == 0 ? v.z : axis == 1 ? v.y : v.x; }
 
+/// The sample in which an item lies.
+__device__ __forceinline__ int sample_of(const BoxesParams& p, int index) {
+  int sample = 0;
+#pragma unroll
+  for (int step = kMostSamples / 2; step > 0; step /= 2)
+    if (sample + step < p.num_samples && p.samples[sample + step].first_item <= index) sample += step;
+  return sample;
+}
+
 __device__ inline Item decode_item(const BoxesParams& p, int index) {
   Item item;
-  uint32_t n = uint32_t(index);
+  item.sample = p.num_samples > 1 ? sample_of(p, index) : 0;
+  const BoxesSample& sample = p.samples[item.sample];
+  uint32_t n = uint32_t(index - sample.first_item);
   const auto digit = [&](int base) {
     const uint32_t q = n / uint32_t(base), r = n - q * uint32_t(base);
     n = q;
     return int(r);
   };
   Int3 tile;
-  tile.x = digit(p.num_tiles.x), tile.y = digit(p.num_tiles.y), tile.z = digit(p.num_tiles.z);
-  const Axis* axes = p.problem.axes;
+  tile.x = digit(sample.num_tiles.x), tile.y = digit(sample.num_tiles.y), tile.z = digit(sample.num_tiles.z);
+  Axis axes[3] = {p.problem.axes[0], p.problem.axes[1], p.problem.axes[2]};
+  axes[0].extent = sample.extent.z, axes[1].extent = sample.extent.y, axes[2].extent = sample.extent.x;
   const bool grouped = p.side != Side::extra_keys;
   item.residue.x = digit(grouped ? num_groups(axes[2]) : 1);
   item.residue.y = digit(grouped ? num_groups(axes[1]) : 1);
@@ -67,7 +80,7 @@ __device__ inline Item decode_item(const BoxesParams& p, int index) {
   item.group[1] = group_axis(axes[1], item.residue.y);
   item.group[2] = group_axis(axes[2], item.residue.x);
   item.extent = {item.group[0].extent, item.group[1].extent, item.group[2].extent};
-  if (!grouped) item.extent = {1, 1, p.problem.extra_keys};
+  if (!grouped) item.extent = {1, 1, sample.extra_keys};
   item.empty = item.origin.z >= item.extent.z || item.origin.y >= item.extent.y || item.origin.x >= item.extent.x;
   return item;
 }
@@ -93,28 +106,31 @@ __device__ __forceinline__ bool is_row(const BoxesParams& p, const Item& item, i
          item.origin.x + at.x < item.extent.x;
 }
 
+/// Rows by flat index along x: additional keys, or with the tokens' strides the whole grid.
 template <class T>
-__device__ __forceinline__ Gather<T> gather_group(const BoxesParams& p, const Rows& rows, const Item& item, int head,
+__device__ __forceinline__ Gather<T> gather_plain(const BoxesParams& p, const Rows& rows, const Item& item, int head,
                                                   Int3 begin) {
+  const BoxesSample& sample = p.samples[item.sample];
   const int64_t* s = rows.view.strides;
-  const Axis* a = p.problem.axes;
-  const int64_t z = a[0].dilation * s[1], y = a[1].dilation * s[2], x = a[2].dilation * s[3];
-  T* base = pointer<T>(rows.view) + item.batch * s[0] + head * s[4] + item.residue.z * s[1] + item.residue.y * s[2] +
-            item.residue.x * s[3] + begin.z * z + begin.y * y + begin.x * x;
+  const int64_t x = s[3], y = s[2] + sample.pitch_y * x, z = s[1] + sample.pitch_z * x;
+  T* base = pointer<T>(rows.view) + item.batch * s[0] + head * s[4] + begin.z * z + begin.y * y +
+            (begin.x + (rows.of_keys ? sample.first_key : sample.first_query)) * x;
   return {base, z, y, x, rows.dim, rows.vector};
 }
 
-/// Rows by flat index along x: additional keys, or with the tokens' strides the whole grid.
 template <class T>
-__device__ __forceinline__ Gather<T> gather_plain(const Rows& rows, int64_t batch, int head, Int3 begin) {
-  const int64_t* s = rows.view.strides;
-  T* base = pointer<T>(rows.view) + batch * s[0] + head * s[4] + begin.z * s[1] + begin.y * s[2] + begin.x * s[3];
-  return {base, s[1], s[2], s[3], rows.dim, rows.vector};
+__device__ __forceinline__ Gather<T> gather_group(const BoxesParams& p, const Rows& rows, const Item& item, int head,
+                                                  Int3 begin) {
+  Gather<T> gather = gather_plain<T>(p, rows, item, head, item.residue);
+  const Axis* a = p.problem.axes;
+  gather.z *= a[0].dilation, gather.y *= a[1].dilation, gather.x *= a[2].dilation;
+  gather.base = gather.at(begin);
+  return gather;
 }
 
 template <class T>
 __device__ __forceinline__ Gather<T> gather_tile(const BoxesParams& p, const Rows& rows, const Item& item) {
-  return p.side == Side::extra_keys ? gather_plain<T>(rows, item.batch, item.head, item.origin)
+  return p.side == Side::extra_keys ? gather_plain<T>(p, rows, item, item.head, item.origin)
                                     : gather_group<T>(p, rows, item, item.head, item.origin);
 }
 
@@ -125,7 +141,7 @@ __device__ __forceinline__ Span span_of(Side side, const Axis& group, int at) {
 
 /// The positions that any row of the tile sees. Begins and ends of spans never decrease along an axis.
 __device__ __forceinline__ Box box_of(const BoxesParams& p, const Item& item) {
-  if (p.side == Side::extra_keys) return Box({0, 0, 0}, p.problem.grid());
+  if (p.side == Side::extra_keys) return Box({0, 0, 0}, p.samples[item.sample].extent);
   const auto seen = [&](int a) {
     const Axis& g = item.group[a];
     const int first = component(item.origin, a), last = detail::min(first + component(p.tile, a), g.extent) - 1;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// Random problems, absurd ones among them: validate throws, or a plan runs and agrees with the dense attention. Meant
-// for a build with AddressSanitizer and UndefinedBehaviorSanitizer (preset "asan"), which see what no comparison sees:
-// tensors are therefore allocated without guard bands, to the byte.
+// Random problems, absurd ones among them: validate throws, or a plan runs and agrees with the dense attention, fused
+// (three quarters of the time) and unfused. Meant for a build with AddressSanitizer and UndefinedBehaviorSanitizer
+// (preset "asan"), which see what no comparison sees: tensors are allocated without guard bands, to the byte.
 //   natten_fuzz [seconds = $NATTEN_FUZZ_SECONDS or 20] [seed = $NATTEN_FUZZ_SEED or 1]
 // Each problem has a seed of its own, which a failure prints: `natten_fuzz 0 <that seed>` runs it alone.
 // Covers T-1, T-24, T-65 at random.
@@ -21,6 +21,7 @@
 #include "cases.h"
 #include "natten/error.h"
 #include "operands.h"
+#include "unfused_operands.h"
 
 namespace {
 
@@ -135,16 +136,22 @@ void plan_only(const Problem& p) {
   EXPECT_GE(short_axes ? natten::num_pairs(p) : 0, 0);
 }
 
+// Now and then not a number anywhere: nothing to compare then, but it must not lead an engine astray either.
+bool break_inputs(test::Operands& operands, Generator& random) {
+  if (!random.once_in(10)) return false;
+  for (const auto& [name, tensor] : operands.inputs(Pass::forward))
+    tensor->fill([&] { return random.once_in(30) ? random.one_of<double>({std::nan(""), HUGE_VAL, 0.0}) : 1.0; });
+  return true;
+}
+
+// Gradients times such a scale overflow or vanish in float, rightly so.
+bool is_comparable(const Case& c) {
+  return *c.scale == 0.0 || (std::abs(*c.scale) > 1e-3 && std::abs(*c.scale) < 10.0);
+}
+
 void run_case(const Case& c, DType dtype, uint32_t seed, Generator& random, Counts& counts) {
   test::Operands operands(c, dtype, seed, 0);
-  // Gradients times such a scale overflow or vanish in float, rightly so.
-  const bool comparable = *c.scale == 0.0 || (std::abs(*c.scale) > 1e-3 && std::abs(*c.scale) < 10.0);
-  // Now and then not a number anywhere: nothing to compare then, but it must not lead an engine astray either.
-  const bool broken = random.once_in(10);
-  if (broken) {
-    for (const auto& [name, tensor] : operands.inputs(Pass::forward))
-      tensor->fill([&] { return random.once_in(30) ? random.one_of<double>({std::nan(""), HUGE_VAL, 0.0}) : 1.0; });
-  }
+  const bool broken = break_inputs(operands, random);
   const Plan backward = random.one_of(natten::list_plans(operands.problem, Pass::backward, test::kDevice).plans);
   std::vector<Plan> forwards = natten::list_plans(operands.problem, Pass::forward, test::kDevice).plans;
   std::erase_if(forwards, [&](const Plan& plan) { return test::in_tf32(plan) != test::in_tf32(backward); });
@@ -153,14 +160,38 @@ void run_case(const Case& c, DType dtype, uint32_t seed, Generator& random, Coun
   run(operands, Pass::forward, forward, random.executor());
   run(operands, Pass::backward, backward, random.executor());
   ++counts.run;
-  if (broken || !comparable) return;
+  if (broken || !is_comparable(c)) return;
   const test::Reference reference(operands);
   reference.check(operands, Pass::forward, forward);
   reference.check(operands, Pass::backward, backward);
   ++counts.compared;
 }
 
-void fuzz(uint32_t seed, Counts& counts) {
+void run_unfused(const Case& c, DType dtype, uint32_t seed, Generator& random, Counts& counts) {
+  const Problem p = c.problem(dtype);
+  try {
+    natten::validate_unfused(p);
+  } catch (const natten::Error&) {
+    ++counts.refused;
+    return;
+  }
+  const std::vector<Plan> plans = natten::list_unfused_plans(p, test::kDevice).plans;
+  EXPECT_FALSE(plans.empty());
+  const Plan plan = random.one_of(plans);
+  SCOPED_TRACE("unfused " + natten::to_string(plan));
+  natten::unfused_workspace_bytes(p, plan, 2);
+  if (test::UnfusedOperands::work(p) > 3e5) {
+    ++counts.too_large;
+    return;
+  }
+  test::UnfusedOperands operands(c, dtype, seed, 0);
+  const bool broken = break_inputs(operands.operands, random);
+  if (!broken && is_comparable(c)) operands.expect(), ++counts.compared;
+  operands.check(plan);
+  ++counts.run;
+}
+
+void fuzz(uint32_t seed, bool unfused, Counts& counts) {
   Generator random(seed);
   const Case c = random.problem();
   const DType dtype = DType(random.between(0, 3));
@@ -175,23 +206,28 @@ void fuzz(uint32_t seed, Counts& counts) {
     ++counts.refused;
     return;
   }
+  if (is_small(p) && unfused) return run_unfused(c, dtype, seed, random, counts);
   if (is_small(p)) return run_case(c, dtype, seed, random, counts);
   plan_only(p);
   ++counts.too_large;
 }
 
-TEST(Fuzz, RandomProblems) {
+void fuzz_for(double seconds, bool unfused) {
   const auto start = std::chrono::steady_clock::now();
   const auto elapsed = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); };
   Counts counts;
   uint32_t seed = g_seed;
   do {
-    ASSERT_NO_THROW(fuzz(seed, counts)) << "seed " << seed;
+    ASSERT_NO_THROW(fuzz(seed, unfused, counts)) << "seed " << seed;
     ++seed;
-  } while (elapsed() < g_seconds && !HasFailure());
+  } while (elapsed() < seconds && !testing::Test::HasFailure());
   std::cout << "seeds " << g_seed << " to " << seed - 1 << ": " << counts.run << " ran, " << counts.compared
             << " of them compared, " << counts.refused << " refused, " << counts.too_large << " only planned\n";
 }
+
+TEST(Fuzz, RandomProblems) { fuzz_for(0.75 * g_seconds, false); }
+
+TEST(Fuzz, RandomUnfusedProblems) { fuzz_for(0.25 * g_seconds, true); }
 
 }  // namespace
 

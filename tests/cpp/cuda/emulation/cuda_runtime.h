@@ -37,6 +37,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
+extern int num_launches;
 /// Runs `kernel` once per thread of each block.
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 [[noreturn]] void fail(const char* what);

@@ -141,7 +141,10 @@ void fail(const char* what) {
   std::abort();
 }
 
+int num_launches = 0;
+
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+  ++num_launches;
   if (shared_bytes > 227 * 1024) fail("too much shared memory");
   const size_t threads = size_t{block.x} * block.y * block.z;
   if (threads % 32 != 0) fail("a block must be whole warps");

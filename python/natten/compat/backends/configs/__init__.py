@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Era 0.21: `get_configs_for_*`: what may be given back as tile arguments. Our plans choose tiles themselves and such
-arguments change nothing, so there is one configuration where a backend can run, and none where it cannot.
+"""Era 0.21: `get_configs_for_*`: what may be given back as tile arguments, the tiles of our plans. Plans choose them
+themselves, so given back they change nothing. There are none where a backend cannot run.
 """
 
 from . import cutlass, cutlass_blackwell, cutlass_hopper, flex

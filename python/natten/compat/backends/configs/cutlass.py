@@ -5,5 +5,5 @@ from ._forms import finder, sizes, tiles
 
 get_all_forward_configs = finder("cutlass-fna", tiles)
 get_all_fmha_forward_configs = finder("cutlass-fmha", sizes)
-get_all_backward_configs = finder("cutlass-fna", lambda rank: (*tiles(rank), (1,) * rank, False))
-get_all_fmha_backward_configs = finder("cutlass-fmha", lambda rank: (*sizes(rank), 1, False))
+get_all_backward_configs = finder("cutlass-fna", lambda tile: (*tiles(tile), (1,) * len(tile), False), True)
+get_all_fmha_backward_configs = finder("cutlass-fmha", lambda tile: (*sizes(tile), 1, False), True)
