@@ -180,7 +180,7 @@ void bench(const Workload& w, double seconds) {
   for (const Pass pass : {Pass::forward, Pass::backward}) {
     std::vector<std::vector<float>> first;
     for (const Plan& plan : list_plans(p, pass, natten::DeviceKind::cuda).plans) {
-      if (plan.backend == "cuda_reference") continue;
+      if (plan.backend == "cuda-reference") continue;
       natten::Executor executor;
       void* workspace = nullptr;
       NATTEN_CUDA_CHECK(cudaMalloc(&workspace, natten::workspace_bytes(p, pass, plan, 1) + 64));

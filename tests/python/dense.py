@@ -37,18 +37,20 @@ def axis_table(extent: int, window: int, stride: int, dilation: int, causal: boo
     The offset counts positions in the group and keeps the window as given, so a bias table does not change its meaning
     when a window is cut.
     """
-    return _axis_table(extent, window, stride, dilation, causal, torch.get_default_device())
+    device = torch.get_default_device()
+    return tuple(table.to(device) for table in _axis_table(extent, window, stride, dilation, causal))
 
 
+# NOTE: kept on the CPU: what is copied to a GPU inside a function transform belongs to that transform.
 @lru_cache(maxsize=4096)
-def _axis_table(extent, window, stride, dilation, causal, device):
+def _axis_table(extent, window, stride, dilation, causal):
     sees = torch.zeros(extent, extent, dtype=torch.bool, device="cpu")
     offset = torch.zeros(extent, extent, dtype=torch.int64, device="cpu")
     for query in range(extent):
         for key in axis_keys(query, extent, window, stride, dilation, causal):
             sees[query, key] = True
             offset[query, key] = (key - query) // dilation + window - 1
-    return sees.to(device), offset.to(device)
+    return sees, offset
 
 
 def window_mask(grid, window, stride, dilation, causal):

@@ -124,18 +124,25 @@ def test_smallest_problems(rank):
         cases.check(Case((3,) + (1,) * (rank - 1), (2,) + (1,) * (rank - 1), head_dim=head_dim, causal=True))
 
 
+def returns(out, v):
+    """On tensor cores a float is the sum of two of eleven bits: it loses its last two."""
+    if v.is_cuda and v.dtype == torch.float32:
+        return torch.allclose(out, v, rtol=2**-21, atol=0)
+    return torch.equal(out, v)
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_window_one_returns_the_values(dtype):
     q, k, v = torch.randn(3, 2, 4, 5, 2, 8).to(dtype)
     for plan in cases.plans_of(Case((4, 5), 1, batch=2, heads=2, head_dim=8), dtype):
-        assert torch.equal(natten.na2d(q, k, v, 1, plan=plan), v)
+        assert returns(natten.na2d(q, k, v, 1, plan=plan), v)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_dilation_of_the_whole_axis_isolates_every_token(dtype):
     q, k, v = torch.randn(3, 1, 6, 1, 4).to(dtype)
-    assert torch.equal(natten.na1d(q, k, v, 3, dilation=6), v)
-    assert torch.equal(natten.na1d(q, k, v, 1, dilation=600), v)
+    assert returns(natten.na1d(q, k, v, 3, dilation=6), v)
+    assert returns(natten.na1d(q, k, v, 1, dilation=600), v)
 
 
 @pytest.mark.parametrize("plan", [None, "reference", "cpu"])

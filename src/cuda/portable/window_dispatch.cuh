@@ -20,8 +20,9 @@ void dispatch_window(DType dtype, int head_dim, F&& f) {
   by_dim(f16{});
 }
 
-inline void launch_window(void (*kernel)(WindowParams), const WindowParams& p, size_t shared_bytes, void* stream) {
-  cuda::launch(kernel, unsigned(p.grid), unsigned(p.threads()), shared_bytes, stream, p);
+inline void launch_window(void (*kernel)(WindowParams), const WindowParams& p, size_t shared_bytes, void* stream,
+                          cuda::Start start = cuda::Start::after_previous) {
+  cuda::launch(kernel, unsigned(p.grid), unsigned(p.threads()), shared_bytes, stream, start, p);
 }
 
 }  // namespace natten::cuda_portable

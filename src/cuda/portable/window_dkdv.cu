@@ -9,6 +9,7 @@
 #include "cuda/portable/window_bias.cuh"
 #include "cuda/portable/window_dispatch.cuh"
 #include "cuda/portable/window_stats.cuh"
+#include "cuda/ptx/grid.cuh"
 
 namespace natten::cuda_portable {
 
@@ -164,6 +165,7 @@ struct WindowDKDVBlock {
     const int head = unit.head * p.heads_per_kv + of_kv;
     load_box<kHeadDim>(p, at, unit, p.q, plane_base<const T>(p.q, batch, z, head), p.dout,
                        plane_base<const T>(p.dout, batch, z, head), shared_q, shared_dout);
+    ptx::wait_for_previous_kernel();  // which writes the statistics
     load_stats(head);
     ptx::cp_async_commit();
     if constexpr (kTables) fill_bias<T, true>(at, bias, p, head);
@@ -284,7 +286,7 @@ void launch_window_dkdv(const WindowParams& params, DType dtype, int head_dim, v
   dispatch_window(dtype, head_dim, [&](auto element, auto dim) {
     using T = decltype(element);
     const size_t bytes = window_shared_bytes(params, {.head_dim = dim, .stats = true});
-    const auto go = [&](auto kernel) { launch_window(kernel, params, bytes, stream); };
+    const auto go = [&](auto kernel) { launch_window(kernel, params, bytes, stream, cuda::Start::overlapping); };
     if (dim == 32 && params.octets() == 1) return go(window_dkdv_kernel<T, 32, 1>);
     go(window_dkdv_kernel<T, dim, 2>);
   });

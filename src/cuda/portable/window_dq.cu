@@ -12,6 +12,7 @@
 #include "cuda/portable/window_bias.cuh"
 #include "cuda/portable/window_dispatch.cuh"
 #include "cuda/portable/window_stats.cuh"
+#include "cuda/ptx/grid.cuh"
 
 namespace natten::cuda_portable {
 
@@ -275,6 +276,7 @@ __global__ void __launch_bounds__(256, kHeadDim == 32 ? 2 : 1)
     window_dq_kernel(const __grid_constant__ WindowParams p) {
   extern __shared__ __align__(128) unsigned char smem[];
   const uint32_t shared = ptx::shared_address(smem);
+  ptx::let_next_kernel_start();
   if (p.bias_table.y > 0) return run_window_dq<T, kHeadDim, kOctets, true>(p, shared);
   run_window_dq<T, kHeadDim, kOctets, false>(p, shared);
 }
