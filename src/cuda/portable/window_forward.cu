@@ -321,32 +321,31 @@ struct WindowForwardBlock {
   }
 };
 
+/// NOTE: a bias has instances of its own: in one kernel with the others it costs those a tenth, in registers that are
+/// spilled, where there are 64 channels.
 template <class T, int kHeadDim, int kOctets, bool kRing, bool kBias>
-__device__ __forceinline__ void run_window_forward(const WindowParams& p, uint32_t shared) {
-  WindowForwardBlock<T, kHeadDim, kOctets, kRing, kBias> block(p, shared);
+__global__ void __launch_bounds__(kRing || kOctets == 1 ? 128 : 256, (kRing || kOctets == 1 ? 4 : 2) - (kHeadDim == 64))
+    window_forward_kernel(const __grid_constant__ WindowParams p) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  WindowForwardBlock<T, kHeadDim, kOctets, kRing, kBias> block(p, ptx::shared_address(smem));
   if (kRing && block.unit.ny == 0) return;
   block.run();
 }
 
-/// NOTE: with and without a bias in one kernel, so that neither pays for the other's instructions and both share an
-/// instance; registers are the larger of the two.
-template <class T, int kHeadDim, int kOctets, bool kRing>
-__global__ void __launch_bounds__(kRing || kOctets == 1 ? 128 : 256, (kRing || kOctets == 1 ? 4 : 2) - (kHeadDim == 64))
-    window_forward_kernel(const __grid_constant__ WindowParams p) {
-  extern __shared__ __align__(128) unsigned char smem[];
-  const uint32_t shared = ptx::shared_address(smem);
-  if (p.bias_table.y > 0) return run_window_forward<T, kHeadDim, kOctets, kRing, true>(p, shared);
-  run_window_forward<T, kHeadDim, kOctets, kRing, false>(p, shared);
+template <class T, int kHeadDim, bool kBias>
+void launch_window_forward(const WindowParams& params, void* stream) {
+  const size_t bytes = window_shared_bytes(params, {.head_dim = kHeadDim});
+  const auto go = [&](auto kernel) { launch_window(kernel, params, bytes, stream); };
+  if (params.tiling.ring) return go(window_forward_kernel<T, kHeadDim, 2, true, kBias>);
+  if (kHeadDim == 32 && params.octets() == 1) return go(window_forward_kernel<T, 32, 1, false, kBias>);
+  go(window_forward_kernel<T, kHeadDim, 2, false, kBias>);
 }
 
 void launch_window_forward(const WindowParams& params, DType dtype, int head_dim, void* stream) {
   dispatch_window(dtype, head_dim, [&](auto element, auto dim) {
     using T = decltype(element);
-    const size_t bytes = window_shared_bytes(params, {.head_dim = dim});
-    const auto go = [&](auto kernel) { launch_window(kernel, params, bytes, stream); };
-    if (params.tiling.ring) return go(window_forward_kernel<T, dim, 2, true>);
-    if (params.octets() == 1) return go(window_forward_kernel<T, dim, 1, false>);
-    go(window_forward_kernel<T, dim, 2, false>);
+    if (params.bias_table.y > 0) return launch_window_forward<T, dim, true>(params, stream);
+    launch_window_forward<T, dim, false>(params, stream);
   });
 }
 
