@@ -53,7 +53,7 @@ void set_forward_tiling(const Problem& p, const Axis& y, const Axis& x, WindowTi
   if (fits_groups(y, x)) {
     t.tile_y = round_up(y.extent, 2), t.tile_x = round_up(x.extent, 8);
     t.units = t.tile_x == 8 ? 2 : 1;
-    t.row_pairs = t.tile_x == 8 ? 1 : std::min(4, t.tile_y / 2);
+    t.row_pairs = t.tile_x == 8 ? 1 : std::min(2, t.tile_y / 2);
     t.rows = y.extent, t.pitch = t.tile_x;
     return;
   }
@@ -83,7 +83,7 @@ void set_backward_tiling(const Problem& p, const Axis& y, const Axis& x, bool of
   if (!fits_groups(y, x)) return;
   t.tile_y = round_up(y.extent, 2);
   t.units = t.tile_x == 8 ? 2 : 1;
-  t.row_pairs = std::min(t.tile_x == 8 ? 2 : 4, t.tile_y / 2);
+  t.row_pairs = t.tile_x == 8 ? 1 : std::min(2, t.tile_y / 2);
 }
 
 void set_units(const Problem& p, const Axis& y, const Axis& x, WindowParams& params, int heads) {
