@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # Everything runs in .venv and build/; a second run does only what changed. Variables: PYTHON (makes .venv), JOBS,
-# PYTEST_ARGS, CTEST_ARGS, DEMO_ARGS, BENCH_ARGS, FUZZ_SECONDS, NATTEN_CUDA (1: with the CUDA engines, which no GPU has
-# run yet; default: without).
+# PYTEST_ARGS, CTEST_ARGS, DEMO_ARGS, BENCH_ARGS, FUZZ_SECONDS, NATTEN_CUDA (1 or 0: with the CUDA engines or
+# without; default: with them where there is a GPU).
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2> /dev/null || echo 2)
 PYTEST_ARGS ?=
@@ -19,7 +19,7 @@ PY := .venv/bin/python
 DONE := .venv/.done
 SOURCES := $(shell find CMakeLists.txt cmake include src bindings python -type f -not -name '*.pyc' 2> /dev/null)
 PIP := $(PY) -m pip --disable-pip-version-check
-NATTEN_CUDA ?= 0
+NATTEN_CUDA ?= $(if $(wildcard /dev/nvidia[0-9]* /dev/dxg),1,0)
 export NATTEN_CUDA
 NVCC := $(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc) $(shell command -v nvcc 2> /dev/null)
 FETCHED_NVCC := $(if $(strip $(NVCC)),,$(DONE)/nvcc)

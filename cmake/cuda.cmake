@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: MIT
 # Sets NATTEN_CUDA_ENABLED and, where it is true, enables the language CUDA and sets NATTEN_CUDART, the static runtime.
 # nvcc is that of CUDACXX, of PATH, of /usr/local/cuda, or of the compiler wheels of PyPI, which `make` puts into
-# .venv/nvcc. NATTEN_CUDA=1 in the environment decides for AUTO.
-# NOTE: not by itself where a GPU is found: the engines have not run on one yet (docs/STATUS.md).
+# .venv/nvcc. For AUTO, NATTEN_CUDA=1 or 0 in the environment decides, else whether there is a GPU.
 
 set(NATTEN_CUDA_ENABLED OFF)
 set(wanted ${NATTEN_CUDA})
 if(wanted STREQUAL "AUTO")
-  set(wanted "$ENV{NATTEN_CUDA}")
+  file(GLOB wanted /dev/nvidia[0-9]* /dev/dxg)
+  list(LENGTH wanted wanted)
+  if(DEFINED ENV{NATTEN_CUDA})
+    set(wanted "$ENV{NATTEN_CUDA}")
+  endif()
 endif()
 if(NOT wanted)
   return()
@@ -16,7 +19,12 @@ endif()
 file(GLOB wheels ${CMAKE_SOURCE_DIR}/.venv/nvcc/nvidia/cu1[3-9]/bin)
 find_program(NATTEN_NVCC nvcc HINTS $ENV{CUDACXX} $ENV{CUDA_HOME}/bin PATHS /usr/local/cuda/bin ${wheels})
 if(NOT NATTEN_NVCC)
-  message(FATAL_ERROR "NATTEN_CUDA asks for the CUDA engines, but there is no nvcc: `make` installs one from PyPI")
+  set(remedy "there is no nvcc: `make` installs one from PyPI")
+  if(NATTEN_CUDA STREQUAL "AUTO" AND NOT DEFINED ENV{NATTEN_CUDA})
+    message(WARNING "There is a GPU, but the CUDA engines are left out: ${remedy}")
+    return()
+  endif()
+  message(FATAL_ERROR "NATTEN_CUDA asks for the CUDA engines, but ${remedy}")
 endif()
 
 get_filename_component(nvcc_real ${NATTEN_NVCC} REALPATH)
