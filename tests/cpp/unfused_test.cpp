@@ -247,7 +247,7 @@ void Unfused::check_all(DType dtype) {
   const natten::Problem& p = operands->problem;
   if (p.batch * p.heads * p.tokens() * natten::num_slots(p) > 60000) return;  // minutes, and the others see as much
   expect();
-  for (const Plan& plan : natten::list_unfused_plans(p, natten::DeviceKind::cpu).plans) {
+  for (const Plan& plan : natten::list_unfused_plans(p, test::kDevice).plans) {
     SCOPED_TRACE(natten::to_string(plan) + " " + test::to_string(dtype));
     check_scores(plan);
     check_weighing(plan);
@@ -267,18 +267,6 @@ TEST(UnfusedProblems, AnAttentionTensorMustBeCountable) {
   for (natten::Axis& a : p.axes) a.window = 1 << 28;
   natten::validate(p);
   EXPECT_THROW(natten::validate_unfused(p), natten::Error);
-}
-
-TEST(UnfusedProblems, PlansAreForcedByName) {
-  natten::Problem p;
-  p.axes[2] = {20, 5, 1, 1, false};
-  const auto name = [&](const char* wanted) {
-    return natten::to_string(natten::choose_unfused_plan(p, natten::DeviceKind::cpu, wanted));
-  };
-  EXPECT_EQ(name("reference"), "reference");
-  EXPECT_EQ(name("cpu/loops").substr(0, 10), "cpu/loops-");
-  EXPECT_EQ(name("").substr(0, 12), "cpu/sliding-");
-  EXPECT_THROW(name("nothing"), natten::Error);
 }
 
 }  // namespace

@@ -13,12 +13,7 @@ namespace {
 constexpr std::string_view kWindow = "window", kBoxes = "boxes";
 
 void list_plans(const Problem& p, Pass pass, PlanList& list) {
-  const cuda::DeviceInfo* device = cuda::current_device();
-  if (!device)
-    return list.rejections.push_back(
-        {kBackend.name, "there is no GPU that CUDA 13 can use: none, or a driver before 580"});
-  if (device->major < 8)
-    return list.rejections.push_back({kBackend.name, "it needs a GPU of compute capability 8.0 or newer"});
+  if (const char* reason = why_not_this_gpu()) return list.rejections.push_back({kBackend.name, reason});
   if (const char* reason = why_not_window(p, pass))
     list.rejections.push_back({"portable/window", reason});
   else
@@ -46,6 +41,12 @@ void backward(const Problem& p, const BackwardArgs& args, const Plan& plan, cons
 
 }  // namespace
 
-const Backend kBackend{"portable", DeviceKind::cuda, list_plans, workspace_bytes, forward, backward};
+const char* why_not_this_gpu() {
+  const cuda::DeviceInfo* device = cuda::current_device();
+  if (!device) return "there is no GPU that CUDA 13 can use: none, or a driver before 580";
+  return device->major < 8 ? "it needs a GPU of compute capability 8.0 or newer" : nullptr;
+}
+
+const Backend kBackend{"portable", DeviceKind::cuda, list_plans, workspace_bytes, forward, backward, &kUnfused};
 
 }  // namespace natten::cuda_portable

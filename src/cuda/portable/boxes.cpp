@@ -26,6 +26,8 @@ int bucket(const Problem& p) {
 
 int block_n(const Problem& p) { return bucket(p) <= 128 ? 64 : 32; }
 
+}  // namespace
+
 Rows rows(const TensorView& view, int dim) {
   bool vector = dim % 8 == 0 && reinterpret_cast<uintptr_t>(view.ptr) % 16 == 0;
   for (int i = 0; i < 5; ++i) vector = vector && view.strides[i] % 8 == 0;
@@ -38,16 +40,17 @@ int64_t bias_entries(const Problem& p) {
   return entries;
 }
 
-int64_t groups(const Problem& p) {
+int64_t num_groups(const Problem& p) {
   return int64_t{num_groups(p.axes[0])} * num_groups(p.axes[1]) * num_groups(p.axes[2]);
 }
 
-// Positions that a tile of `tile` along an axis sees, in the middle of the longest group.
-int64_t seen(const Axis& group, Side side, int tile) {
+int64_t positions_seen(const Axis& group, Side side, int tile) {
   const int first = group.extent / 2 / tile * tile, last = std::min(first + tile, group.extent) - 1;
   if (side == Side::queries) return key_span(group, last).end - key_span(group, first).begin;
   return query_span(group, last).end - query_span(group, first).begin;
 }
+
+namespace {
 
 // The shape of a tile that makes the least work; kBlockM rows of it are worked on whether they exist or not.
 Int3 choose_tile(const Problem& p, Side side) {
@@ -60,7 +63,8 @@ Int3 choose_tile(const Problem& p, Side side) {
       const Int3 t{std::min(tz, z.extent), std::min(ty, y.extent), std::min(kBlockM / tz / ty, x.extent)};
       const double tiles =
           double(detail::ceil_div(z.extent, t.z)) * detail::ceil_div(y.extent, t.y) * detail::ceil_div(x.extent, t.x);
-      const double columns = double(seen(z, side, t.z)) * double(seen(y, side, t.y)) * double(seen(x, side, t.x));
+      const double columns = double(positions_seen(z, side, t.z)) * double(positions_seen(y, side, t.y)) *
+                             double(positions_seen(x, side, t.x));
       const double cost = tiles * (n + std::ceil(columns / n) * n);  // a block's worth for what surrounds the blocks
       if (cost < least) least = cost, best = t;
     }
@@ -80,7 +84,7 @@ void set_tile(BoxesParams& params, Side side) {
                         detail::ceil_div(group_axis(p.axes[2], 0).extent, params.tile.x)};
   }
   params.tile_x = FastDiv(params.tile.x), params.tile_y = FastDiv(params.tile.y);
-  params.num_items = int(params.num_tiles.volume() * (side == Side::extra_keys ? 1 : groups(p)) * p.batch *
+  params.num_items = int(params.num_tiles.volume() * (side == Side::extra_keys ? 1 : num_groups(p)) * p.batch *
                          (side == Side::queries ? p.heads : p.heads_kv));
 }
 
@@ -97,6 +101,8 @@ BoxesParams forward_params(const Problem& p, const ForwardArgs& args) {
 
 size_t stats_bytes(const Problem& p) { return size_t(p.batch) * p.tokens() * p.heads * sizeof(RowStats); }
 
+}  // namespace
+
 int bias_pieces(const Problem& p) {
   if (!p.has_bias) return 0;
   const cuda::DeviceInfo* device = cuda::current_device();
@@ -104,8 +110,6 @@ int bias_pieces(const Problem& p) {
   const int64_t fit = kMostBiasSums / (p.heads * kWarps * bias_entries(p));
   return int(std::clamp<int64_t>(std::min(blocks / p.heads + 1, fit), 1, 1024));
 }
-
-}  // namespace
 
 Int3 boxes_tile(const Problem& p) { return choose_tile(p, Side::queries); }
 

@@ -49,6 +49,14 @@ struct BoxesParams {
   int bias_pieces = 0, bias_entries = 0;
 };
 
+// What the hosts of both kinds of kernels on tiles ask: these, and those of the unfused operators.
+Rows rows(const TensorView& view, int dim);
+int64_t num_groups(const Problem& p);
+/// Positions that a tile of `tile` along an axis sees, in the middle of the longest group.
+int64_t positions_seen(const Axis& group, Side side, int tile);
+int64_t bias_entries(const Problem& p);  ///< of a head; 0 without a bias
+int bias_pieces(const Problem& p);       ///< of the work on a head, each with tables of sums of its own
+
 // Launches on `stream`; each file of that name instantiates its kernels.
 void launch_forward(const BoxesParams& params, void* stream);
 void launch_dq(const BoxesParams& params, void* stream);

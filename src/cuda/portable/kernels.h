@@ -4,7 +4,7 @@
 #pragma once
 #include <cstddef>
 
-#include "natten/attention.h"
+#include "core/backend.h"
 
 namespace natten::cuda_portable {
 
@@ -21,5 +21,9 @@ Int3 window_tile(const Problem& problem, Pass pass);
 bool window_forward(const Problem& problem, const ForwardArgs& args, void* stream);
 bool window_backward(const Problem& problem, const BackwardArgs& args, void* stream, void* workspace);
 size_t window_workspace(const Problem& problem, Pass pass);
+
+/// Null, or why this engine cannot run anything here.
+const char* why_not_this_gpu();
+extern const UnfusedKernels kUnfused;
 
 }  // namespace natten::cuda_portable
