@@ -40,8 +40,21 @@ int64_t bias_entries(const Problem& p) {
   return entries;
 }
 
-int64_t num_groups(const Problem& p) {
-  return int64_t{num_groups(p.axes[0])} * num_groups(p.axes[1]) * num_groups(p.axes[2]);
+void set_items(BoxesParams& params) {
+  const Problem& p = params.problem;
+  const bool extra = params.side == Side::extra_keys;
+  const int heads = params.side == Side::queries ? p.heads : p.heads_kv;
+  int tiles[3];
+  int64_t items = p.batch * heads;
+  for (int a = 0; a < 3; ++a) {
+    const int extent = !extra ? group_axis(p.axes[a], 0).extent : a == 2 ? p.extra_keys : 1;
+    const int groups = extra ? 1 : num_groups(p.axes[a]), tile = a == 0 ? params.tile.z : a == 1 ? params.tile.y : params.tile.x;
+    tiles[a] = detail::ceil_div(extent, tile);
+    params.by_tiles[a] = FastDiv(tiles[a]), params.by_groups[a] = FastDiv(groups);
+    items *= int64_t{tiles[a]} * groups;
+  }
+  params.by_heads = FastDiv(heads);
+  params.num_items = int(items);
 }
 
 int64_t positions_seen(const Axis& group, Side side, int tile) {
@@ -74,18 +87,9 @@ Int3 choose_tile(const Problem& p, Side side) {
 void set_tile(BoxesParams& params, Side side) {
   const Problem& p = params.problem;
   params.side = side;
-  if (side == Side::extra_keys) {
-    params.tile = {1, 1, std::min(p.extra_keys, kBlockM)};
-    params.num_tiles = {1, 1, detail::ceil_div(p.extra_keys, params.tile.x)};
-  } else {
-    params.tile = choose_tile(p, side);
-    params.num_tiles = {detail::ceil_div(group_axis(p.axes[0], 0).extent, params.tile.z),
-                        detail::ceil_div(group_axis(p.axes[1], 0).extent, params.tile.y),
-                        detail::ceil_div(group_axis(p.axes[2], 0).extent, params.tile.x)};
-  }
+  params.tile = side == Side::extra_keys ? Int3{1, 1, std::min(p.extra_keys, kBlockM)} : choose_tile(p, side);
   params.tile_x = FastDiv(params.tile.x), params.tile_y = FastDiv(params.tile.y);
-  params.num_items = int(params.num_tiles.volume() * (side == Side::extra_keys ? 1 : num_groups(p)) * p.batch *
-                         (side == Side::queries ? p.heads : p.heads_kv));
+  set_items(params);
 }
 
 BoxesParams forward_params(const Problem& p, const ForwardArgs& args) {

@@ -39,9 +39,9 @@ struct BoxesParams {
   Rows q, k, v, extra_k, extra_v, out, dout, dq, dk, dv;  ///< dk, dv: of additional keys if those are the side
   TensorView bias, lse, dlse;
   Side side = Side::queries;
-  Int3 tile;       ///< shape of a tile; volume at most kBlockM
-  Int3 num_tiles;  ///< per axis, of the longest dilation group
+  Int3 tile;  ///< shape of a tile; volume at most kBlockM
   FastDiv tile_x, tile_y;
+  FastDiv by_tiles[3], by_groups[3], by_heads;  ///< of the number of an item: tiles and dilation groups per axis
   int num_items = 0;
   float scale_log2 = 0;        ///< scale * log2(e)
   TensorView stats;            ///< RowStats of every query, contiguous
@@ -51,7 +51,8 @@ struct BoxesParams {
 
 // What the hosts of both kinds of kernels on tiles ask: these, and those of the unfused operators.
 Rows rows(const TensorView& view, int dim);
-int64_t num_groups(const Problem& p);
+/// The numbers of items and what takes them apart, from side and tile.
+void set_items(BoxesParams& params);
 /// Positions that a tile of `tile` along an axis sees, in the middle of the longest group.
 int64_t positions_seen(const Axis& group, Side side, int tile);
 int64_t bias_entries(const Problem& p);  ///< of a head; 0 without a bias

@@ -45,29 +45,30 @@ struct Item {
 
 __device__ __forceinline__ int component(Int3 v, int axis) { return axis == 0 ? v.z : axis == 1 ? v.y : v.x; }
 
-__device__ inline Item decode_item(const BoxesParams& p, int index) {
+/// `group_axis` without its division where there is one group.
+__device__ __forceinline__ Axis group_of(const Axis& a, int residue) {
+  return a.dilation == 1 ? group_axis({a.extent, a.window, a.stride, 1, a.causal}, 0) : group_axis(a, residue);
+}
+
+__device__ __forceinline__ Item decode_item(const BoxesParams& p, int index) {
   Item item;
-  uint32_t n = uint32_t(index);
-  const auto digit = [&](int base) {
-    const uint32_t q = n / uint32_t(base), r = n - q * uint32_t(base);
-    n = q;
-    return int(r);
+  const auto digit = [&](const FastDiv& base) {
+    int digit = index;
+    index = base.split(digit);
+    return digit;
   };
   Int3 tile;
-  tile.x = digit(p.num_tiles.x), tile.y = digit(p.num_tiles.y), tile.z = digit(p.num_tiles.z);
-  const Axis* axes = p.problem.axes;
-  const bool grouped = p.side != Side::extra_keys;
-  item.residue.x = digit(grouped ? num_groups(axes[2]) : 1);
-  item.residue.y = digit(grouped ? num_groups(axes[1]) : 1);
-  item.residue.z = digit(grouped ? num_groups(axes[0]) : 1);
-  item.head = digit(p.side == Side::queries ? p.problem.heads : p.problem.heads_kv);
-  item.batch = n;
+  tile.x = digit(p.by_tiles[2]), tile.y = digit(p.by_tiles[1]), tile.z = digit(p.by_tiles[0]);
+  item.residue.x = digit(p.by_groups[2]), item.residue.y = digit(p.by_groups[1]), item.residue.z = digit(p.by_groups[0]);
+  item.head = digit(p.by_heads);
+  item.batch = index;
   item.origin = {tile.z * p.tile.z, tile.y * p.tile.y, tile.x * p.tile.x};
-  item.group[0] = group_axis(axes[0], item.residue.z);
-  item.group[1] = group_axis(axes[1], item.residue.y);
-  item.group[2] = group_axis(axes[2], item.residue.x);
+  const Axis* axes = p.problem.axes;
+  item.group[0] = group_of(axes[0], item.residue.z);
+  item.group[1] = group_of(axes[1], item.residue.y);
+  item.group[2] = group_of(axes[2], item.residue.x);
   item.extent = {item.group[0].extent, item.group[1].extent, item.group[2].extent};
-  if (!grouped) item.extent = {1, 1, p.problem.extra_keys};
+  if (p.side == Side::extra_keys) item.extent = {1, 1, p.problem.extra_keys};
   item.empty = item.origin.z >= item.extent.z || item.origin.y >= item.extent.y || item.origin.x >= item.extent.x;
   return item;
 }

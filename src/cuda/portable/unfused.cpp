@@ -56,14 +56,9 @@ void set_tile(UnfusedParams& params, Side side) {
   const Int3 octets = choose_octets(p, side);
   params.octets_y = FastDiv(octets.y), params.octets_x = FastDiv(octets.x);
   b.side = side, b.tile = {octets.z, octets.y, 8 * octets.x};
-  const bool extra = side == Side::extra_keys;
-  const auto extent = [&](int a) { return extra ? (a == 2 ? p.extra_keys : 1) : group_axis(p.axes[a], 0).extent; };
-  b.num_tiles = {detail::ceil_div(extent(0), b.tile.z), detail::ceil_div(extent(1), b.tile.y),
-                 detail::ceil_div(extent(2), b.tile.x)};
-  b.num_items = int(b.num_tiles.volume() * (extra ? 1 : num_groups(p)) * p.batch *
-                    (side == Side::queries ? p.heads : p.heads_kv));
+  set_items(b);
   for (int a = 0; a < 3; ++a)
-    params.token_strides[a] = params.weights.strides[1 + a] * (extra ? 1 : p.axes[a].dilation);
+    params.token_strides[a] = params.weights.strides[1 + a] * (side == Side::extra_keys ? 1 : p.axes[a].dilation);
   params.staged = side == Side::queries && params.slots <= kMostStagedSlots;
 }
 

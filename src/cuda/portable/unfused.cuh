@@ -9,30 +9,28 @@ namespace natten::cuda_portable {
 
 /// The two octets of a warp: rows g and g + 8 of its fragments.
 struct Octets {
-  Int3 at[2];      // this lane's row of each, a position in the group; an existing one
+  Int3 first[2];   // of each octet, relative to the tile's origin; of one that exists
+  int count[2];    // rows of the octet that exist; no second one without a first
+  Int3 at[2];      // this lane's row of each, a position in the group; of one that exists
   bool exists[2];  // does it?
-  int count[2];    // rows of the octet that exist; 0 first for the second one
 
-  __device__ Octets(const UnfusedParams& p, const Item& item, int pair) {
+  __device__ __forceinline__ Octets(const UnfusedParams& p, const Item& item, int pair) {
     const int g = threadIdx.x % 32 / 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       int y = 2 * pair + i, x = p.octets_y.split(y);
       const int z = p.octets_x.split(x);
-      at[i] = {item.origin.z + z, item.origin.y + y, item.origin.x + 8 * x};
-      const bool inside = at[i].z < item.extent.z && at[i].y < item.extent.y && at[i].x < item.extent.x;
-      count[i] = inside ? detail::min(8, item.extent.x - at[i].x) : 0;
+      const int left = item.extent.x - item.origin.x - 8 * x;
+      const bool inside = item.origin.z + z < item.extent.z && item.origin.y + y < item.extent.y;
+      count[i] = inside ? detail::max(detail::min(8, left), 0) : 0;
+      first[i] = count[i] > 0 || i == 0 ? Int3{z, y, 8 * x} : first[0];
       exists[i] = g < count[i];
-      at[i].x += detail::min(g, detail::max(count[i] - 1, 0));
+      const Int3 row = sum(item.origin, Int3{first[i].z, first[i].y, first[i].x + g});
+      at[i] = {detail::min(row.z, item.extent.z - 1), detail::min(row.y, item.extent.y - 1),
+               detail::min(row.x, item.extent.x - 1)};
     }
-    if (count[1] == 0) at[1] = at[0];
   }
 };
-
-/// What the position `at` of the tile's side sees; the division by a stride of 1 is not made.
-__device__ __forceinline__ Span seen_by(Side side, const Axis& group, int at) {
-  return side == Side::queries ? seen_from<false>(group, at) : seen_from<true>(group, at);
-}
 
 /// What is seen of the other side.
 struct Sight {
@@ -40,39 +38,27 @@ struct Sight {
   Span z[2], y[2], x[2];         // of this lane's row of each octet, relative to the box; z and y: of the whole octet
   Span rows_z, rows_y, columns;  // of the warp's rows
 
-  /// Of positions of the grid, in the tile's dilation group.
-  __device__ Sight(const UnfusedParams& p, const Item& item, const Octets& rows) {
-    const Side side = p.boxes.side;
-    const auto of_tile = [&](int a) {
-      const Axis& g = item.group[a];
-      const int first = component(item.origin, a), last = detail::min(first + component(p.boxes.tile, a), g.extent) - 1;
-      return Span{seen_by(side, g, first).begin, seen_by(side, g, last).end};
-    };
-    const Span box_z = of_tile(0), box_y = of_tile(1), box_x = of_tile(2);
-    begin = {box_z.begin, box_y.begin, box_x.begin}, size = {box_z.size(), box_y.size(), box_x.size()};
+  /// Of positions of the grid, in the tile's dilation group. `spans`: by fill_spans.
+  __device__ __forceinline__ Sight(const UnfusedParams& p, const Item& item, const Octets& rows, const Span* spans) {
+    const Int3 tile = p.boxes.tile;
+    const Span *of_z = spans, *of_y = of_z + tile.z, *of_x = of_y + tile.y;
+    begin = {of_z[0].begin, of_y[0].begin, of_x[0].begin};
+    size = {of_z[tile.z - 1].end - begin.z, of_y[tile.y - 1].end - begin.y, of_x[tile.x - 1].end - begin.x};
     const auto relative = [](Span s, int origin) { return Span{s.begin - origin, s.end - origin}; };
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      z[i] = relative(seen_by(side, item.group[0], rows.at[i].z), begin.z);
-      y[i] = relative(seen_by(side, item.group[1], rows.at[i].y), begin.y);
-      x[i] = relative(seen_by(side, item.group[2], rows.at[i].x), begin.x);
+      z[i] = relative(of_z[rows.first[i].z], begin.z), y[i] = relative(of_y[rows.first[i].y], begin.y);
+      x[i] = relative(of_x[rows.at[i].x - item.origin.x], begin.x);
     }
-    unite();
+    // Begins and ends of spans never decrease along an axis; a second octet is further only along one of them.
+    rows_z = {z[0].begin, z[1].end}, rows_y = {y[0].begin, y[1].end};
+    columns = {of_x[rows.first[0].x].begin - begin.x, of_x[rows.first[1].x + 7].end - begin.x};
   }
   /// Everybody sees everything: additional keys, or their queries.
   __device__ explicit Sight(Int3 all)
       : begin{0, 0, 0}, size(all), rows_z{0, all.z}, rows_y{0, all.y}, columns{0, all.x} {
 #pragma unroll
     for (int i = 0; i < 2; ++i) z[i] = rows_z, y[i] = rows_y, x[i] = columns;
-  }
-
- private:
-  // Begins and ends of spans never decrease along an axis, nor from the first octet to the second.
-  __device__ void unite() {
-    rows_z = {z[0].begin, detail::max(z[0].end, z[1].end)}, rows_y = {y[0].begin, detail::max(y[0].end, y[1].end)};
-    rows_z.begin = detail::min(rows_z.begin, z[1].begin), rows_y.begin = detail::min(rows_y.begin, y[1].begin);
-    columns = {detail::min(__shfl_sync(~0u, x[0].begin, 0), __shfl_sync(~0u, x[1].begin, 0)),
-               detail::max(__shfl_sync(~0u, x[0].end, 31), __shfl_sync(~0u, x[1].end, 31))};
   }
 };
 
@@ -84,49 +70,91 @@ struct Chunk {
 template <int kHeadDim>
 struct ChunkMap {
   static constexpr int kKeys = kHeadDim == 128 ? 128 : 256, kKeyBytes = kHeadDim * 2;
-  static constexpr uint32_t kStaging = (kKeys + kStep) * kKeyBytes;  // a step may read that far past a row's end
+  static constexpr int kMostSpans = 2 + 8 * kOctets;                // z, y and x of a tile
+  static constexpr uint32_t kSpans = (kKeys + kStep) * kKeyBytes;  // a step may read that far past a row's end
+  static constexpr uint32_t kItem = kSpans + kMostSpans * sizeof(Span);
+  static constexpr uint32_t kStaging = (kItem + sizeof(Item) + 15) / 16 * 16;
 };
 
-/// Starts the loads of a chunk; `slice` is the first chunk of 16 bytes of each row. Zeros where there is no key.
-template <class T, int kHeadDim>
-__device__ __forceinline__ void load_chunk(uint32_t to, const Gather<T>& from, Int3 size, const Chunk& c, int slice) {
-  constexpr int kPieces = kHeadDim / 8, kKeyBytes = kHeadDim * 2;
-  const int lane = threadIdx.x % 32, piece = lane % kPieces;
-  for (int row = threadIdx.x / 32; row < c.rows; row += kThreads / 32) {
-    const int flat = c.first_row + row, z = size.z == 1 ? 0 : flat / size.y, y = flat - z * size.y;
-    const Gather<T> keys{from.at({z, y, c.begin}), 0, 0, from.x, from.dim, from.vector};
+/// The warp's rows of a chunk, one after the other: visit(row of the chunk, its first token's elements).
+template <class T, class Visit>
+__device__ __forceinline__ void for_each_row(const Gather<T>& from, Int3 size, const Chunk& c, Visit&& visit) {
+  constexpr int kWarps = kThreads / 32;
+  const int warp = threadIdx.x / 32, flat = c.first_row + warp, z = size.z == 1 ? 0 : flat / size.y;
+  const int64_t step = kWarps * from.y, wrap = from.z - size.y * from.y;
+  int y = flat - z * size.y;
+  const T* at = from.at({z, y, c.begin});
 #pragma unroll 1
-    for (int column = lane / kPieces; column < c.pitch; column += 32 / kPieces) {
-      const int key = row * c.pitch + column;
-      load_chunk(to + key * kKeyBytes + ((piece ^ chunk_swizzle<kHeadDim>(key)) << 4), keys, Int3{0, 0, column},
-                 slice + piece, c.begin + column < c.end);
-    }
+  for (int row = warp; row < c.rows; row += kWarps) {
+    visit(row, at);
+    y += kWarps, at += step;
+    for (; y >= size.y && size.z > 1; y -= size.y) at += wrap;
   }
-  const uint32_t end = to + c.rows * c.pitch * kKeyBytes;
-  for (int i = threadIdx.x * 16; i < kStep * kKeyBytes; i += kThreads * 16)
-    ptx::store_shared_128(end + i, uint4{0, 0, 0, 0});
 }
 
-/// One step's rows: calls body.row(z, y, address of the row's first column of this step, which octets see it).
+/// Starts the loads of a chunk; `slice` is the first piece of 16 bytes of each row. Zeros where there is no key.
+template <class T, int kHeadDim>
+__device__ __forceinline__ void load_chunk(uint32_t to, const Gather<T>& from, Int3 size, const Chunk& c, int slice) {
+  constexpr int kPieces = kHeadDim / 8, kKeyBytes = kHeadDim * 2, kColumns = 32 / kPieces;
+  const int lane = threadIdx.x % 32, piece = lane % kPieces, first = lane / kPieces, columns = c.end - c.begin;
+  const int channel = (slice + piece) * 8, existing = channel < from.dim ? columns : 0;
+  const int64_t of_lane = first * from.x + channel, step = kColumns * from.x;
+  const auto swizzled_piece = [&](int column) { return (piece ^ chunk_swizzle<kHeadDim>(column)) << 4; };
+  if (from.vector)
+    for_each_row(from, size, c, [&](int row, const T* at) {
+      uint32_t key_to = to + (row * c.pitch + first) * kKeyBytes;  // the pitch is a multiple of 8: see chunk_swizzle
+      at += of_lane;
+#pragma unroll 2
+      for (int column = first; column < c.pitch; column += kColumns) {
+        ptx::cp_async_16(key_to + swizzled_piece(column), column < existing ? at : from.base, column < existing);
+        at += step, key_to += kColumns * kKeyBytes;
+      }
+    });
+  else
+    for_each_row(from, size, c, [&](int row, const T* at) {
+      for (int column = first; column < c.pitch; column += kColumns) {
+        uint4 words{0, 0, 0, 0};
+        if (column < existing) words = load_elements(at + column * from.x, channel, from.dim);
+        ptx::store_shared_128(to + (row * c.pitch + column) * kKeyBytes + swizzled_piece(column), words);
+      }
+    });
+}
+
+/// Zeros behind the last row of a chunk, where the last step may read: weights there are 0, but 0 * NaN is not.
+template <int kKeyBytes>
+__device__ __forceinline__ void clear_behind(uint32_t to, const Chunk& c) {
+  to += c.rows * c.pitch * kKeyBytes;
+  for (int i = threadIdx.x * 16; i < kStep * kKeyBytes; i += kThreads * 16)
+    ptx::store_shared_128(to + i, uint4{0, 0, 0, 0});
+}
+
+/// One step's rows: body.start(z, y) for the first of each plane, then body.row(address of the row's first column of
+/// this step, which octets see the row) for one after the other.
 template <int kHeadDim, class Body>
 __device__ __forceinline__ void walk_rows(const Sight& sight, const Chunk& c, uint32_t columns, Body& body) {
-  const int first_z = sight.size.z == 1 ? 0 : c.first_row / sight.size.y;
+  const int first_z = sight.size.z == 1 ? 0 : c.first_row / sight.size.y, row_bytes = c.pitch * (kHeadDim * 2);
 #pragma unroll 1
   for (int z = detail::max(first_z, sight.rows_z.begin); z < sight.rows_z.end; ++z) {
     const int before = z * sight.size.y - c.first_row;  // rows of the chunk before this plane
     const int begin = detail::max(sight.rows_y.begin, -before), end = detail::min(sight.rows_y.end, c.rows - before);
     if (c.rows <= before) break;
-    const bool in_z[2] = {sight.z[0].contains(z), sight.z[1].contains(z)};
+    if (begin >= end) continue;
+    int from[2], count[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      from[i] = sight.y[i].begin, count[i] = sight.z[i].contains(z) ? sight.y[i].size() : 0;
+    uint32_t address = columns + (before + begin) * row_bytes;
+    body.start(z, begin);
 #pragma unroll 1
-    for (int y = begin; y < end; ++y) {
-      const bool sees[2] = {in_z[0] && sight.y[0].contains(y), in_z[1] && sight.y[1].contains(y)};
-      body.row(z, y, columns + (before + y) * c.pitch * (kHeadDim * 2), sees);
+    for (int y = begin; y < end; ++y, address += row_bytes) {
+      const bool sees[2] = {unsigned(y - from[0]) < unsigned(count[0]), unsigned(y - from[1]) < unsigned(count[1])};
+      body.row(address, sees);
     }
   }
 }
 
-/// All of the box, chunk by chunk, for the whole block of threads. body.columns(step's first column, end of what is
-/// there) comes before the rows of a step.
+/// All of the box, chunk by chunk, for the whole block of threads. body.columns(the step's first column, the end of what
+/// is there, first column in the chunk) comes before the rows of a step.
 template <class T, int kHeadDim, class Body>
 __device__ __forceinline__ void walk(const Sight& sight, const Gather<T>& from, uint32_t shared, int slice,
                                      bool has_rows, Body& body) {
@@ -139,6 +167,7 @@ __device__ __forceinline__ void walk(const Sight& sight, const Gather<T>& from, 
       const Chunk c{row, detail::min(rows, all_rows - row), column, detail::min(column + pitch, sight.size.x), pitch};
       __syncthreads();  // nobody reads the chunk before
       load_chunk<T, kHeadDim>(shared, from, sight.size, c, slice);
+      if (Body::kClearBehind) clear_behind<kHeadDim * 2>(shared, c);
       ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
       __syncthreads();
@@ -160,13 +189,12 @@ struct Slots {
   int64_t pitch;       // of rows in the tensor
   int slots, count[2];
 
-  __device__ Slots(const UnfusedParams& p, const Octets& rows, T* base, uint32_t shared)
+  __device__ Slots(const UnfusedParams& p, Int3 origin, const Octets& rows, T* base, uint32_t shared)
       : pitch(p.token_strides[2]), slots(p.slots) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const Int3 at = rows.at[i];
-      const int first = __shfl_sync(~0u, at.x, 0);
-      octet[i] = base + (at.z * p.token_strides[0] + at.y * p.token_strides[1] + first * p.token_strides[2]);
+      const Int3 at = sum(origin, rows.first[i]);
+      octet[i] = base + (at.z * p.token_strides[0] + at.y * p.token_strides[1] + at.x * p.token_strides[2]);
       // Rows that follow each other are copied as one, in pieces that are aligned on both sides.
       const uint32_t skew = pitch == slots ? uint32_t(reinterpret_cast<uintptr_t>(octet[i])) & 14 : 0;
       staged[i] = shared + i * p.octet_bytes() + skew;
@@ -174,27 +202,39 @@ struct Slots {
     }
   }
 
-  /// Elements of a row that follow each other in the tensor: copy(element of the octet's staged rows, their number)
-  /// for each of this lane's pieces; whole pieces have 8.
+  /// Of this lane's row of octet i, the slot of the box's first position: in shared memory, and in the tensor.
+  __device__ __forceinline__ uint32_t of_box(const UnfusedParams& p, const Sight& s, int i, int first_slot) const {
+    return staged[i] + (int(threadIdx.x % 32 / 4) * slots + first_slot - before_window(p, s, i)) * 2;
+  }
+  __device__ __forceinline__ int64_t in_octet(const UnfusedParams& p, const Sight& s, int i, int first_slot) const {
+    return threadIdx.x % 32 / 4 * pitch + (first_slot - before_window(p, s, i));
+  }
+  /// Slots between those of the box's first position and of the window's.
+  __device__ static __forceinline__ int before_window(const UnfusedParams& p, const Sight& s, int i) {
+    return s.z[i].begin * p.slot_strides[0] + s.y[i].begin * p.slot_strides[1] + s.x[i].begin;
+  }
+
+  /// This lane's share of the slots: piece(tensor, shared memory) for 8 of them, element(...) for one.
   template <class Piece, class Element>
   __device__ __forceinline__ void copy(Piece&& piece, Element&& element) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
+      T* tensor = i ? octet[1] : octet[0];
+      const uint32_t shared = i ? staged[1] : staged[0];
+      const int rows = i ? count[1] : count[0], all = rows * slots;
       if (pitch != slots) {
-        for (int row = 0; row < count[i]; ++row)
-          for (int n = lane; n < slots; n += 32)
-            element(octet[i] + row * pitch + n, staged[i] + (row * slots + n) * 2);
+#pragma unroll 1
+        for (int row = 0; row < rows; ++row)
+#pragma unroll 1
+          for (int n = lane; n < slots; n += 32) element(tensor + row * pitch + n, shared + (row * slots + n) * 2);
         continue;
       }
-      const int all = count[i] * slots, skew = int(staged[i] & 14) / 2;
-      for (int n = lane * 8 - skew; n < all; n += 32 * 8) {
-        if (n >= 0 && n + 8 <= all) {
-          piece(octet[i] + n, staged[i] + n * 2);
-          continue;
-        }
-        for (int e = detail::max(n, 0); e < detail::min(n + 8, all); ++e) element(octet[i] + e, staged[i] + e * 2);
-      }
+      const int head = detail::min(-int(shared / 2) & 7, all), tail = (all - head) & 7;
+#pragma unroll 1
+      for (int n = head + lane * 8; n < all - tail; n += 32 * 8) piece(tensor + n, shared + n * 2);
+      if (lane < head) element(tensor + lane, shared + lane * 2);
+      if (lane < tail) element(tensor + all - tail + lane, shared + (all - tail + lane) * 2);
     }
   }
   __device__ void load() const {
@@ -219,6 +259,19 @@ __device__ __forceinline__ uint32_t column_bits(Span seen, int first, int end) {
       bits |= uint32_t(seen.contains(at) && at < end) << (2 * h + e);
     }
   return bits;
+}
+
+/// The block's item and the spans of its coordinates, in shared memory: one warp finds them, and they need no registers.
+/// Null if there is nothing to do.
+template <int kHeadDim>
+__device__ __forceinline__ const Item* begin_item(const UnfusedParams& p, unsigned char* smem) {
+  Item* item = reinterpret_cast<Item*>(smem + ChunkMap<kHeadDim>::kItem);
+  if (threadIdx.x == 0) *item = decode_item(p.boxes, blockIdx.x);
+  __syncthreads();
+  if (item->empty) return nullptr;
+  fill_spans(reinterpret_cast<Span*>(smem + ChunkMap<kHeadDim>::kSpans), p.boxes, *item);
+  __syncthreads();
+  return item;
 }
 
 template <class T>

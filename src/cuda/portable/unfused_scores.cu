@@ -9,22 +9,25 @@ template <class T, int kHeadDim, bool kStaged>
 struct Scores {
   static constexpr int kWords = kHeadDim / 32, kKeyBytes = kHeadDim * 2;
 
+  static constexpr bool kClearBehind = false;
+
   const UnfusedParams& p;
   const Octets& rows;
-  const Slots<T>& slots;
-  uint32_t shared;
   uint32_t query[kHeadDim / 16][4];  // A fragments
-  const T* bias[2] = {};             // of the lane's rows: entry of the key at the box's begin
-  int first_slot;                    // 0, or that of the additional keys
   Sight sight;
+  uint32_t staged[2];        // slot of the box's first position, of this lane's rows
+  T* in_place[2];            // the same in the tensor
+  const T* bias = nullptr;   // entry of equal positions; null if there is none
+  int entry_of_box[2];       // from there on
+  uint32_t lane_key;   // offset of the step's first key
+  uint32_t sees[2];    // see column_bits
+  int column;          // this lane's first
+  uint32_t to[2];      // of the row at hand: `staged` and what follows, moved to this lane's first column
+  int64_t slot;
+  int entry[2];
 
-  uint32_t lane_key;  // offset of the step's first key
-  uint32_t sees[2];   // the columns' bits
-  int slot[2];        // of the lane's first column in the first row of the window
-
-  __device__ __forceinline__ Scores(const UnfusedParams& params, const Item& item, const Octets& octets,
-                                    const Slots<T>& at, uint32_t memory)
-      : p(params), rows(octets), slots(at), shared(memory), first_slot(0), sight(Int3{0, 0, 0}) {
+  __device__ __forceinline__ Scores(const UnfusedParams& params, const Item& item, const Octets& octets)
+      : p(params), rows(octets), sight(Int3{0, 0, 0}) {
     const Gather<T> from = gather_group<T>(p.boxes, p.boxes.q, item, item.head, {0, 0, 0});
     const int t = threadIdx.x % 4;
     uint4 words[2][kWords];
@@ -45,14 +48,22 @@ struct Scores {
   __device__ __forceinline__ void columns(int first, int end, int in_chunk) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, key = in_chunk + g;
     lane_key = key * kKeyBytes + ((t ^ chunk_swizzle<kHeadDim>(key)) << 4);
+    column = first + 2 * t;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      sees[i] = rows.exists[i] ? column_bits(sight.x[i], first, end) : 0;
-      slot[i] = first_slot + first + 2 * t - sight.x[i].begin;
-    }
+    for (int i = 0; i < 2; ++i) sees[i] = rows.exists[i] ? column_bits(sight.x[i], first, end) : 0;
   }
 
-  __device__ __forceinline__ void row(int z, int y, uint32_t address, const bool (&sees_row)[2]) {
+  __device__ __forceinline__ void start(int z, int y) {
+    slot = z * p.slot_strides[0] + y * p.slot_strides[1] + column;
+    to[0] = staged[0] + int(slot) * 2, to[1] = staged[1] + int(slot) * 2;
+    if (!bias) return;
+    const int64_t* strides = p.boxes.bias.strides;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      entry[i] = entry_of_box[i] + bias_term({z, y, column}, strides[1], strides[2], strides[3]);
+  }
+
+  __device__ __forceinline__ void row(uint32_t address, const bool (&sees_row)[2]) {
     float s[2][4];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -60,42 +71,39 @@ struct Scores {
       uint4 key[kWords];
       load_key<kHeadDim>(key, address + lane_key + h * 8 * kKeyBytes);
       multiply_keys<T, kHeadDim>(s[h], query, key, kZeros);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[h][e] *= p.scale;
     }
+    const uint32_t seen[2] = {sees_row[0] ? sees[0] : 0, sees_row[1] ? sees[1] : 0};
+    if (bias) add_bias(s, seen);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (!sees_row[i]) continue;
-      const int of_row = (z - sight.z[i].begin) * p.slot_strides[0] + (y - sight.y[i].begin) * p.slot_strides[1];
-      store(i, slot[i] + of_row, s, bias[i] ? bias_of(i, z, y) : nullptr);
+      store(i, seen[i], ptx::pack<T>(s[0][2 * i], s[0][2 * i + 1]), ptx::pack<T>(s[1][2 * i], s[1][2 * i + 1]));
+      to[i] += p.slot_strides[1] * 2;
     }
+    slot += p.slot_strides[1];
   }
 
  private:
-  __device__ __forceinline__ const T* bias_of(int i, int z, int y) const {
-    const int64_t* strides = p.boxes.bias.strides;
-    const int column = slot[i] + sight.x[i].begin;
-    return bias[i] + (z * strides[1] + y * strides[2] + column * strides[3]);
+  __device__ __forceinline__ void add_bias(float (&s)[2][4], const uint32_t (&seen)[2]) {
+    const int x = int(p.boxes.bias.strides[3]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        if (seen[i] >> c & 1) s[c / 2][2 * i + c % 2] += to_real(bias[entry[i] + (c / 2 * 8 + c % 2) * x]);
+      entry[i] += int(p.boxes.bias.strides[2]);
+    }
   }
-  __device__ __forceinline__ void store(int i, int to, const float (&s)[2][4], const T* bias_row) const {
-    const int g = threadIdx.x % 32 / 4;
-    const uint32_t staged = slots.staged[i] + (g * p.slots + to) * 2;
-    T* in_place = slots.octet[i] + (g * slots.pitch + to);
+  __device__ __forceinline__ void store(int i, uint32_t seen, uint32_t low, uint32_t high) const {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float x[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        x[e] = s[h][2 * i + e] * p.scale;
-        if (bias_row && (sees[i] >> (2 * h + e) & 1)) x[e] += to_real(bias_row[(8 * h + e) * p.boxes.bias.strides[3]]);
-      }
-      const uint32_t word = ptx::pack<T>(x[0], x[1]);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        if (!(sees[i] >> (2 * h + e) & 1)) continue;
-        if (kStaged)
-          ptx::store_shared_16(staged + (8 * h + e) * 2, word >> (16 * e));
-        else
-          in_place[8 * h + e].bits = uint16_t(word >> (16 * e));
-      }
+    for (int c = 0; c < 4; ++c) {
+      if (!(seen >> c & 1)) continue;
+      const uint32_t bits = (c < 2 ? low : high) >> (c % 2 * 16);
+      if (kStaged)
+        ptx::store_shared_16(to[i] + (c / 2 * 8 + c % 2) * 2, bits);
+      else
+        in_place[i][slot + c / 2 * 8 + c % 2].bits = uint16_t(bits);
     }
   }
 };
@@ -115,47 +123,47 @@ __device__ __forceinline__ void fill_unused(const UnfusedParams& p, const Slots<
   __syncwarp();
 }
 
-/// The bias of the query at position `at` and the key at `key`.
-template <class T>
-__device__ __forceinline__ const T* bias_at(const UnfusedParams& p, const Item& item, Int3 at, Int3 key) {
-  const BiasTable<T> bias(p.boxes, item.head);
-  if (!bias.table) return nullptr;
-  return bias.table + ((key.z - at.z) * bias.z + (key.y - at.y) * bias.y + (key.x - at.x) * bias.x);
-}
-
 template <class T, int kHeadDim, bool kStaged>
-__device__ __forceinline__ void write_scores(const UnfusedParams& p, const Item& item, uint32_t shared) {
+__device__ __forceinline__ void write_scores(const UnfusedParams& p, const Item& item, unsigned char* smem) {
+  using Map = ChunkMap<kHeadDim>;
   const int warp = threadIdx.x / 32, head_kv = item.head / p.boxes.problem.heads_per_kv();
+  const uint32_t shared = ptx::shared_address(smem);
+  const Span* spans = reinterpret_cast<Span*>(smem + Map::kSpans);
   const Octets rows(p, item, warp);
-  const uint32_t staging = shared + ChunkMap<kHeadDim>::kStaging + warp * p.staged_bytes();
-  const Slots<T> slots(p, rows, weights_of<T>(p, item, item.head), staging);
-  Scores<T, kHeadDim, kStaged> scores(p, item, rows, slots, shared);
+  const Slots<T> slots(p, item.origin, rows, weights_of<T>(p, item, item.head),
+                       shared + Map::kStaging + warp * p.staged_bytes());
+  Scores<T, kHeadDim, kStaged> scores(p, item, rows);
   if (p.has_unused) fill_unused<T, kStaged>(p, slots);
 #pragma unroll 1
   for (int extra = p.window_slots > 0 ? 0 : 1; extra < (p.boxes.problem.extra_keys > 0 ? 2 : 1); ++extra) {
-    scores.sight = extra ? Sight({1, 1, p.boxes.problem.extra_keys}) : Sight(p, item, rows);
-    scores.first_slot = extra ? p.window_slots : 0;
+    scores.sight = extra ? Sight({1, 1, p.boxes.problem.extra_keys}) : Sight(p, item, rows, spans);
+    const Sight& s = scores.sight;
+    const BiasTable<T> bias(p.boxes, item.head);
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      scores.bias[i] = extra ? nullptr : bias_at<T>(p, item, rows.at[i], scores.sight.begin);
+    for (int i = 0; i < 2; ++i) {
+      scores.staged[i] = slots.of_box(p, s, i, extra ? p.window_slots : 0);
+      scores.in_place[i] = slots.octet[i] + slots.in_octet(p, s, i, extra ? p.window_slots : 0);
+      scores.entry_of_box[i] = int(uint32_t(bias.term(s.begin)) - uint32_t(bias.term(rows.at[i])));
+    }
+    scores.bias = extra ? nullptr : bias.table;
     const Gather<T> keys = extra ? gather_plain<T>(p.boxes.extra_k, item.batch, head_kv, {0, 0, 0})
-                                 : gather_group<T>(p.boxes, p.boxes.k, item, head_kv, scores.sight.begin);
-    walk<T, kHeadDim>(scores.sight, keys, shared, 0, rows.count[0] > 0, scores);
+                                 : gather_group<T>(p.boxes, p.boxes.k, item, head_kv, s.begin);
+    walk<T, kHeadDim>(s, keys, shared, 0, rows.count[0] > 0, scores);
   }
   __syncwarp();
   if (kStaged) slots.store();
 }
 
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads) scores_kernel(const __grid_constant__ UnfusedParams p) {
+__global__ void __launch_bounds__(kThreads, kHeadDim == 128 ? 4 : 5)
+    scores_kernel(const __grid_constant__ UnfusedParams p) {
   extern __shared__ __align__(128) unsigned char smem[];
-  const Item item = decode_item(p.boxes, blockIdx.x);
-  if (item.empty) return;
-  const uint32_t shared = ptx::shared_address(smem);
+  const Item* item = begin_item<kHeadDim>(p, smem);
+  if (!item) return;
   if (p.staged)
-    write_scores<T, kHeadDim, true>(p, item, shared);
+    write_scores<T, kHeadDim, true>(p, *item, smem);
   else
-    write_scores<T, kHeadDim, false>(p, item, shared);
+    write_scores<T, kHeadDim, false>(p, *item, smem);
 }
 
 void launch_scores(const UnfusedParams& params, void* stream) {

@@ -24,7 +24,7 @@ struct WeightMap {
     for (int i = 0; i < 2; ++i) {
       const Int3 at = rows.at[i];
       const int64_t token = at.z * p.token_strides[0] + at.y * p.token_strides[1] + at.x * p.token_strides[2];
-      const int window = sight.z[i].begin * p.slot_strides[0] + sight.y[i].begin * p.slot_strides[1] + sight.x[i].begin;
+      const int window = Slots<T>::before_window(p, sight, i);
       const int slot = at.z * p.slot_strides[0] + at.y * p.slot_strides[1] + at.x;
       of_row[i] = base + (side == Side::queries ? token + (extra ? p.window_slots : -window)
                           : side == Side::keys  ? int64_t{slot}
@@ -37,7 +37,7 @@ struct WeightMap {
     const int position = component(begin, axis) + at;
     const int64_t token = position * p.token_strides[axis];
     if (p.boxes.side == Side::extra_keys) return token;
-    return token - int64_t{seen_by(Side::queries, item.group[axis], position).begin} * p.slot_strides[axis];
+    return token - int64_t{seen_from<false>(item.group[axis], position).begin} * p.slot_strides[axis];
   }
 };
 
@@ -57,7 +57,7 @@ struct Pass {
   Sight sight;
   Gather<T> from;
 
-  __device__ Pass(const UnfusedParams& p, const Item& item, const Octets& rows, int number)
+  __device__ Pass(const UnfusedParams& p, const Item& item, const Octets& rows, const Span* spans, int number)
       : extra(p.boxes.side == Side::queries && number == 1), sight(Int3{0, 0, 0}) {
     const BoxesParams& b = p.boxes;
     const bool queries = b.side == Side::queries;
@@ -67,7 +67,7 @@ struct Pass {
       sight = Sight(extra ? Int3{1, 1, b.problem.extra_keys} : b.problem.grid());
       from = gather_plain<T>(extra ? b.extra_k : b.q, item.batch, head_other, {0, 0, 0});
     } else {
-      sight = Sight(p, item, rows);
+      sight = Sight(p, item, rows, spans);
       from = gather_group<T>(b, queries ? b.k : b.q, item, head_other, sight.begin);
     }
   }
@@ -76,6 +76,7 @@ struct Pass {
 template <class T, int kHeadDim, bool kStaged>
 struct Weigh {
   static constexpr int kKeyBytes = kHeadDim * 2;
+  static constexpr bool kClearBehind = true;
 
   const UnfusedParams& p;
   const Octets& rows;
@@ -85,9 +86,11 @@ struct Weigh {
   float (&acc)[kHeadDim / 8][4];
 
   uint32_t lane_key;  // offset of this lane's key of the step
-  uint32_t sees[2];
+  uint32_t sees[2];   // see column_bits
   int first_column;
   int64_t column[4];  // what the lane's columns add to an address
+  uint32_t at[2];     // of the row at hand: `staged`, moved to this lane's first column
+  int z, y;           // of the row at hand
 
   __device__ __forceinline__ void columns(int first, int end, int in_chunk) {
     const int lane = threadIdx.x % 32, key = in_chunk + lane % 16;
@@ -103,25 +106,29 @@ struct Weigh {
     }
   }
 
-  __device__ __forceinline__ void row(int z, int y, uint32_t address, const bool (&sees_row)[2]) {
-    uint32_t weight[4] = {0, 0, 0, 0}, value[kHeadDim / 16][4];
+  __device__ __forceinline__ void start(int first_z, int first_y) {
+    z = first_z, y = first_y;
+    const int slot = z * p.slot_strides[0] + y * p.slot_strides[1] + first_column;
+    at[0] = staged[0] + slot * 2, at[1] = staged[1] + slot * 2;
+  }
+
+  __device__ __forceinline__ void row(uint32_t address, const bool (&sees_row)[2]) {
+    uint32_t weight[4], value[kHeadDim / 16][4];
     load_transposed<kHeadDim>(value, address + lane_key);
-    const int64_t of_row = kStaged ? z * p.slot_strides[0] + y * p.slot_strides[1] : map.of_axis(0, z) + map.of_axis(1, y);
+    const int64_t of_row = kStaged ? 0 : map.of_axis(0, z) + map.of_axis(1, y);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (!sees_row[i]) continue;
-      const uint32_t in_shared = staged[i] + (int(of_row) + first_column) * 2;
-      const T* in_place = map.of_row[i] + of_row;
+      const uint32_t seen = sees_row[i] ? sees[i] : 0;
+      uint32_t bits[4] = {0, 0, 0, 0};
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        uint32_t bits[2] = {0, 0};
-#pragma unroll
-        for (int e = 0; e < 2; ++e)
-          if (sees[i] >> (2 * h + e) & 1)
-            bits[e] = kStaged ? ptx::load_shared_16(in_shared + (8 * h + e) * 2) : in_place[column[2 * h + e]].bits;
-        weight[2 * h + i] = bits[0] | bits[1] << 16;
-      }
+      for (int c = 0; c < 4; ++c)
+        if (seen >> c & 1)
+          bits[c] = kStaged ? ptx::load_shared_16(at[i] + (c / 2 * 8 + c % 2) * 2)
+                            : uint32_t{map.of_row[i][of_row + column[c]].bits};
+      weight[i] = bits[0] | bits[1] << 16, weight[2 + i] = bits[2] | bits[3] << 16;
+      at[i] += p.slot_strides[1] * 2;
     }
+    ++y;
     multiply_values<T, kHeadDim>(acc, weight, value);
   }
 };
@@ -136,9 +143,10 @@ __device__ __forceinline__ Gather<T> results_of(const UnfusedParams& p, const It
 
 /// A warp's rows, channels from `first` on, by plain sums over exactly what is seen: where a NaN or infinity would
 /// reach rows that do not see it, as 0 * NaN.
-/// NOTE: a function of its own and everything by value, so that it costs the other tiles no registers.
+/// NOTE: a function of its own, so that it costs the other tiles no registers.
 template <class T>
-__device__ __noinline__ void weigh_exactly(const UnfusedParams& p, Item item, int first, int channels) {
+__device__ __noinline__ void weigh_exactly(const UnfusedParams& p, const Item& item, const Span* spans, int first,
+                                           int channels) {
   const Octets rows(p, item, threadIdx.x / 32);
   const Gather<T> to = results_of<T>(p, item);
   const Passes passes(p);
@@ -147,7 +155,7 @@ __device__ __noinline__ void weigh_exactly(const UnfusedParams& p, Item item, in
     const int c = detail::min(next + int(threadIdx.x % 4), end - 1);
     float sum[2] = {0, 0};
     for (int number = passes.first; number < passes.last; ++number) {
-      const Pass<T> pass(p, item, rows, number);
+      const Pass<T> pass(p, item, rows, spans, number);
       const WeightMap<T> map(p, item, rows, pass.sight, pass.head, pass.extra);
       const Sight& s = pass.sight;
       for (int i = 0; i < 2; ++i)
@@ -189,49 +197,43 @@ __device__ __forceinline__ void store_sums(const UnfusedParams& p, const Gather<
 }
 
 template <class T, int kHeadDim, bool kStaged>
-__device__ __forceinline__ void weigh(const UnfusedParams& p, const Item& item, uint32_t shared) {
+__device__ __forceinline__ void weigh(const UnfusedParams& p, const Item& item, unsigned char* smem) {
+  using Map = ChunkMap<kHeadDim>;
   const int warp = threadIdx.x / 32, slice = blockIdx.y * (kHeadDim / 8);
+  const uint32_t shared = ptx::shared_address(smem);
+  const Span* spans = reinterpret_cast<Span*>(smem + Map::kSpans);
   const Octets rows(p, item, warp);
-  uint32_t first_slot[2] = {0, 0};
-  if (kStaged) {
-    const uint32_t staging = shared + ChunkMap<kHeadDim>::kStaging + warp * p.staged_bytes();
-    const Slots<T> slots(p, rows, weights_of<T>(p, item, item.head), staging);
-    slots.load();
-#pragma unroll
-    for (int i = 0; i < 2; ++i) first_slot[i] = slots.staged[i] + threadIdx.x % 32 / 4 * p.slots * 2;
-  }
+  const Slots<T> slots(p, item.origin, rows, weights_of<T>(p, item, item.head),
+                       shared + Map::kStaging + warp * p.staged_bytes());
+  if (kStaged) slots.load();
   float acc[kHeadDim / 8][4];
   set_zero(acc);
   const Passes passes(p);
 #pragma unroll 1
   for (int number = passes.first; number < passes.last; ++number) {
-    const Pass<T> pass(p, item, rows, number);
+    const Pass<T> pass(p, item, rows, spans, number);
     const Sight& s = pass.sight;
     const WeightMap<T> map(p, item, rows, s, pass.head, pass.extra);
-    Weigh<T, kHeadDim, kStaged> body{p, rows, s, map, {0, 0}, acc, 0, {0, 0}, 0, {}};
+    Weigh<T, kHeadDim, kStaged> body{p, rows, s, map, {0, 0}, acc, 0, {0, 0}, 0, {}, {0, 0}, 0, 0};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int window = s.z[i].begin * p.slot_strides[0] + s.y[i].begin * p.slot_strides[1] + s.x[i].begin;
-      body.staged[i] = first_slot[i] + (pass.extra ? p.window_slots : -window) * 2;
-    }
+    for (int i = 0; i < 2; ++i) body.staged[i] = slots.of_box(p, s, i, pass.extra ? p.window_slots : 0);
     walk<T, kHeadDim>(s, pass.from, shared, slice, rows.count[0] > 0, body);
   }
   if (!__all_sync(~0u, finite_witness(acc, 0) == 0 && finite_witness(acc, 1) == 0))
-    weigh_exactly<T>(p, item, slice * 8, kHeadDim);
+    weigh_exactly<T>(p, item, spans, slice * 8, kHeadDim);
   else
     store_sums<T, kHeadDim>(p, results_of<T>(p, item), rows, acc, slice * 8);
 }
 
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads) weigh_kernel(const __grid_constant__ UnfusedParams p) {
+__global__ void __launch_bounds__(kThreads, kHeadDim == 32 ? 5 : 4) weigh_kernel(const __grid_constant__ UnfusedParams p) {
   extern __shared__ __align__(128) unsigned char smem[];
-  const Item item = decode_item(p.boxes, blockIdx.x);
-  if (item.empty) return;
-  const uint32_t shared = ptx::shared_address(smem);
+  const Item* item = begin_item<kHeadDim>(p, smem);
+  if (!item) return;
   if (p.staged)
-    weigh<T, kHeadDim, true>(p, item, shared);
+    weigh<T, kHeadDim, true>(p, *item, smem);
   else
-    weigh<T, kHeadDim, false>(p, item, shared);
+    weigh<T, kHeadDim, false>(p, *item, smem);
 }
 
 void launch_weigh(const UnfusedParams& params, void* stream) {
