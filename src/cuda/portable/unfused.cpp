@@ -29,37 +29,40 @@ const char* why_not(const Problem& p) {
   return nullptr;
 }
 
-// Octets per axis, z, y, x, that make the least work: steps of the four warps, and loads for all of them.
+// Octets per axis, z, y, x, that make the least work: steps of the warps, and loads for all of them. Twice as many octets
+// as warps take, if the field then still comes to shared memory at once.
 Int3 choose_octets(const Problem& p, Side side) {
-  if (side == Side::extra_keys) return {1, 1, kOctets};
+  if (side == Side::extra_keys) return {1, 1, kMostOctets / 2};
   const Axis z = group_axis(p.axes[0], 0), y = group_axis(p.axes[1], 0), x = group_axis(p.axes[2], 0);
+  const int dim = std::max(p.head_dim, p.head_dim_v), keys = chunk_keys(dim <= 32 ? 32 : dim <= 64 ? 64 : 128);
   const auto seen = [side](const Axis& a, int tile) { return double(positions_seen(a, side, tile)); };
   Int3 best;
   double least = HUGE_VAL;
-  for (int tz = 1; tz <= kOctets; tz *= 2)
-    for (int ty = 1; tz * ty <= kOctets; ty *= 2) {
-      const int tx = kOctets / tz / ty;
-      const double tiles =
-          double(detail::ceil_div(z.extent, tz)) * detail::ceil_div(y.extent, ty) * detail::ceil_div(x.extent, 8 * tx);
-      const Int3 pair{ty == 1 && tx == 1 ? 2 : 1, std::min(ty, 2), ty == 1 && tx > 1 ? 2 : 1};  // of octets, of a warp
-      const double steps = seen(z, pair.z) * seen(y, pair.y) * std::ceil(seen(x, 8 * pair.x) / kStep);
-      const double loads = seen(z, tz) * seen(y, ty) * std::ceil(seen(x, 8 * tx) / 8);
-      const double cost = tiles * (8 + steps + loads / 8);  // 8: what surrounds the loops
-      if (cost < least) least = cost, best = {tz, ty, tx};
-    }
+  for (int octets = kMostOctets / 2; octets <= kMostOctets; octets *= 2)
+    for (int tz = 1; tz <= octets; tz *= 2)
+      for (int ty = 1; tz * ty <= octets; ty *= 2) {
+        const int tx = octets / tz / ty;
+        const double tiles = double(detail::ceil_div(z.extent, tz)) * detail::ceil_div(y.extent, ty) *
+                             detail::ceil_div(x.extent, 8 * tx);
+        const Int3 pair{ty == 1 && tx == 1 ? 2 : 1, std::min(ty, 2), ty == 1 && tx > 1 ? 2 : 1};  // of octets
+        const double steps = seen(z, pair.z) * seen(y, pair.y) * std::ceil(seen(x, 8 * pair.x) / kStep);
+        const double loads = seen(z, tz) * seen(y, ty) * std::ceil(seen(x, 8 * tx) / 8);
+        if (octets == kMostOctets && loads * 8 > keys) continue;
+        // In warps' work of a step: what surrounds the loops, per tile and pair, steps, and 16 bytes for each thread.
+        const double cost = tiles * (4 + octets / 2 / 4 * (5 + steps) + loads / 12);
+        if (cost < least) least = cost, best = {tz, ty, tx};
+      }
   return best;
 }
 
 void set_tile(UnfusedParams& params, Side side) {
   BoxesParams& b = params.boxes;
-  const Problem& p = b.problem;
-  const Int3 octets = choose_octets(p, side);
+  const Int3 octets = choose_octets(b.problem, side);
   params.octets_y = FastDiv(octets.y), params.octets_x = FastDiv(octets.x);
+  params.num_pairs = int(octets.volume() / 2);
   b.side = side, b.tile = {octets.z, octets.y, 8 * octets.x};
   set_items(b);
-  for (int a = 0; a < 3; ++a)
-    params.token_strides[a] = params.weights.strides[1 + a] * (side == Side::extra_keys ? 1 : p.axes[a].dilation);
-  params.staged = side == Side::queries && params.slots <= kMostStagedSlots;
+  params.staged = side == Side::queries && params.slots <= kMostStagedSlots && params.slots == params.window_slots;
 }
 
 // Does some query have fewer keys than its window has slots?
@@ -75,7 +78,7 @@ UnfusedParams params_of(const Problem& p, const Product& t) {
   BoxesParams& b = params.boxes;
   b.problem = p;
   b.q = rows(t.queries, t.dim), b.k = rows(t.keys, t.dim), b.extra_k = rows(t.extra, t.dim), b.bias = t.bias;
-  b.problem.has_bias = bool(t.bias);
+  b.problem.has_bias = bool(t.bias);  // not where the bias of a problem plays no part in a product
   params.weights = t.weights;
   params.slots = int(num_slots(p)), params.window_slots = params.slots - p.extra_keys;
   params.slot_strides[0] = p.axes[1].window * p.axes[2].window, params.slot_strides[1] = p.axes[2].window;
@@ -97,19 +100,30 @@ size_t workspace_bytes(const Problem& p, const Plan&, int) {
   return size_t(p.heads) * bias_pieces(p) * (kThreads / 32) * bias_entries(p) * sizeof(float);
 }
 
-void scores(const Problem& p, const Product& t, const Plan&, const Executor& executor, void*) {
+// Strides of tokens, in elements, are ints in the kernels; whoever has larger ones gets the plain kernels.
+bool fits(const Problem& p, const Product& t) {
+  for (const TensorView* view : {&t.weights, &t.queries, &t.keys, &t.extra})
+    for (int a = 0; *view && a < 3; ++a)
+      if (std::abs(double(view->strides[1 + a])) * p.axes[a].dilation >= double(kMostItems)) return false;
+  return true;
+}
+
+void scores(const Problem& p, const Product& t, const Plan& plan, const Executor& executor, void* workspace) {
+  if (!fits(p, t)) return cuda_reference::kBackend.unfused->scores(p, t, plan, executor, workspace);
   UnfusedParams params = params_of(p, t);
   set_tile(params, Side::queries);
   launch_scores(params, executor.stream);
 }
 
-void weigh_keys(const Problem& p, const Product& t, const Plan&, const Executor& executor, void*) {
+void weigh_keys(const Problem& p, const Product& t, const Plan& plan, const Executor& executor, void* workspace) {
+  if (!fits(p, t)) return cuda_reference::kBackend.unfused->weigh_keys(p, t, plan, executor, workspace);
   UnfusedParams params = params_of(p, t);
   set_tile(params, Side::queries);
   launch_weigh(params, executor.stream);
 }
 
-void weigh_queries(const Problem& p, const Product& t, const Plan&, const Executor& executor, void*) {
+void weigh_queries(const Problem& p, const Product& t, const Plan& plan, const Executor& executor, void* workspace) {
+  if (!fits(p, t)) return cuda_reference::kBackend.unfused->weigh_queries(p, t, plan, executor, workspace);
   UnfusedParams params = params_of(p, t);
   for (const Side side : {Side::keys, Side::extra_keys}) {
     if (side == Side::keys ? !t.keys || !p.has_window() : !t.extra || p.extra_keys == 0) continue;

@@ -32,58 +32,134 @@ struct Octets {
   }
 };
 
-/// What is seen of the other side.
-struct Sight {
-  Int3 begin, size;              // the box of all rows of the tile
-  Span z[2], y[2], x[2];         // of this lane's row of each octet, relative to the box; z and y: of the whole octet
-  Span rows_z, rows_y, columns;  // of the warp's rows
+/// The box of positions that a tile sees, and how many of its columns and rows (z and y flat) come at a time.
+struct Field {
+  Int3 begin, size;
+  int columns, rows;
 
-  /// Of positions of the grid, in the tile's dilation group. `spans`: by fill_spans.
-  __device__ __forceinline__ Sight(const UnfusedParams& p, const Item& item, const Octets& rows, const Span* spans) {
-    const Int3 tile = p.boxes.tile;
+  __device__ __forceinline__ Field(Int3 from, Int3 extent, int keys)
+      : begin(from), size(extent), columns(detail::min((extent.x + 7) & ~7, kMostColumns)), rows(keys / columns) {}
+  __device__ bool is_one_chunk() const { return size.x <= columns && size.z * size.y <= rows; }
+};
+
+/// What is seen of a field by a warp, relative to the box.
+struct Sight {
+  Span z[2], y[2], x[2];         // of this lane's row of each octet; z and y: of the whole octet
+  Span rows_z, rows_y, columns;  // of all rows
+
+  /// `spans`: by fill_spans.
+  __device__ __forceinline__ Sight(Int3 tile, const Octets& rows, const Span* spans, Int3 begin) {
     const Span *of_z = spans, *of_y = of_z + tile.z, *of_x = of_y + tile.y;
-    begin = {of_z[0].begin, of_y[0].begin, of_x[0].begin};
-    size = {of_z[tile.z - 1].end - begin.z, of_y[tile.y - 1].end - begin.y, of_x[tile.x - 1].end - begin.x};
     const auto relative = [](Span s, int origin) { return Span{s.begin - origin, s.end - origin}; };
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       z[i] = relative(of_z[rows.first[i].z], begin.z), y[i] = relative(of_y[rows.first[i].y], begin.y);
-      x[i] = relative(of_x[rows.at[i].x - item.origin.x], begin.x);
+      x[i] = relative(of_x[rows.first[i].x + threadIdx.x % 32 / 4], begin.x);
     }
     // Begins and ends of spans never decrease along an axis; a second octet is further only along one of them.
     rows_z = {z[0].begin, z[1].end}, rows_y = {y[0].begin, y[1].end};
     columns = {of_x[rows.first[0].x].begin - begin.x, of_x[rows.first[1].x + 7].end - begin.x};
   }
   /// Everybody sees everything: additional keys, or their queries.
-  __device__ explicit Sight(Int3 all)
-      : begin{0, 0, 0}, size(all), rows_z{0, all.z}, rows_y{0, all.y}, columns{0, all.x} {
+  __device__ explicit Sight(Int3 all) : rows_z{0, all.z}, rows_y{0, all.y}, columns{0, all.x} {
 #pragma unroll
     for (int i = 0; i < 2; ++i) z[i] = rows_z, y[i] = rows_y, x[i] = columns;
   }
 };
 
-/// Keys of shared memory: rows of the box (z and y flat) from `first_row` on, their columns `begin` .. `end`.
+/// Rows of the field in shared memory, from `first_row` on, their columns `begin` .. `end`.
 struct Chunk {
   int first_row, rows, begin, end, pitch;
 };
 
+// ---- what all warps of a block share ----
+
+/// Rows of a tensor that belong to one sample, head and dilation group, by position in the group. As Gather, but with
+/// strides of 32 bits, which take a quarter of the instructions; the host asks whether they suffice.
+template <class T>
+struct Tokens {
+  T* base;
+  int z, y, x;
+  int dim;
+  bool vector;
+
+  __device__ __forceinline__ T* at(Int3 p) const {
+    return base + (int64_t{p.z} * z + int64_t{p.y} * y + int64_t{p.x} * x);
+  }
+};
+
+template <class T>
+struct Block {
+  Item item;
+  Tokens<T> queries, keys, extra, weights;  // of the item's head or, in `queries` and `weights`, the first of its heads
+  Field field;                              // of the grid
+};
+
+/// Shared memory: keys, spans, Block, slots of each warp.
 template <int kHeadDim>
 struct ChunkMap {
-  static constexpr int kKeys = kHeadDim == 128 ? 128 : 256, kKeyBytes = kHeadDim * 2;
-  static constexpr int kMostSpans = 2 + 8 * kOctets;                // z, y and x of a tile
+  static constexpr int kKeys = chunk_keys(kHeadDim), kKeyBytes = kHeadDim * 2;
+  static constexpr int kMostSpans = 2 + 8 * kMostOctets;           // z, y and x of a tile
   static constexpr uint32_t kSpans = (kKeys + kStep) * kKeyBytes;  // a step may read that far past a row's end
-  static constexpr uint32_t kItem = kSpans + kMostSpans * sizeof(Span);
-  static constexpr uint32_t kStaging = (kItem + sizeof(Item) + 15) / 16 * 16;
+  static constexpr uint32_t kBlock = kSpans + kMostSpans * sizeof(Span);
+  static constexpr uint32_t kStaging = (kBlock + sizeof(Block<bf16>) + 15) / 16 * 16;
+
+  static size_t bytes(const UnfusedParams& p) { return kStaging + size_t(kThreads / 32) * p.staged_bytes(); }
 };
+
+template <class T>
+__device__ __forceinline__ Tokens<T> tokens(const UnfusedParams& p, const Rows& rows, const Item& item, int head,
+                                            bool plain) {
+  const Gather<T> from = plain ? gather_plain<T>(rows, item.batch, head, {0, 0, 0})
+                               : gather_group<T>(p.boxes, rows, item, head, {0, 0, 0});
+  return {from.base, int(from.z), int(from.y), int(from.x), from.dim, from.vector};
+}
+
+template <class T, int kHeadDim>
+__device__ __forceinline__ Block<T>& block_of(unsigned char* smem) {
+  return *reinterpret_cast<Block<T>*>(smem + ChunkMap<kHeadDim>::kBlock);
+}
+
+/// Fills spans and Block, by one warp: so they cost the others neither instructions nor registers.
+template <class T, int kHeadDim>
+__device__ __forceinline__ void begin_block(const UnfusedParams& p, unsigned char* smem) {
+  Block<T>& block = block_of<T, kHeadDim>(smem);
+  Span* spans = reinterpret_cast<Span*>(smem + ChunkMap<kHeadDim>::kSpans);
+  const int lane = threadIdx.x;
+  if (lane < 32) {
+    const BoxesParams& b = p.boxes;
+    const Item item = decode_item(b, blockIdx.x);
+    fill_spans(spans, b, item, lane, 32);
+    const bool queries = b.side == Side::queries, plain = b.side == Side::extra_keys;
+    const int per_kv = b.problem.heads_per_kv();
+    const int head = queries ? item.head : item.head * per_kv, head_kv = queries ? item.head / per_kv : item.head;
+    __syncwarp();
+    if (lane == 0) {
+      const Span *of_z = spans, *of_y = of_z + b.tile.z, *of_x = of_y + b.tile.y;
+      const Int3 begin{of_z[0].begin, of_y[0].begin, of_x[0].begin};
+      const Int3 size{of_z[b.tile.z - 1].end - begin.z, of_y[b.tile.y - 1].end - begin.y,
+                      of_x[b.tile.x - 1].end - begin.x};
+      block.item = item, block.field = Field(begin, size, ChunkMap<kHeadDim>::kKeys);
+    }
+    if (lane == 1) block.queries = tokens<T>(p, b.q, item, head, plain);
+    if (lane == 2) block.keys = tokens<T>(p, b.k, item, head_kv, false);
+    if (lane == 3) block.extra = tokens<T>(p, b.extra_k, item, head_kv, true);
+    if (lane == 4) block.weights = tokens<T>(p, Rows{p.weights, p.slots, false}, item, head, plain);
+  }
+  __syncthreads();
+}
+
+// ---- chunks ----
 
 /// The warp's rows of a chunk, one after the other: visit(row of the chunk, its first token's elements).
 template <class T, class Visit>
-__device__ __forceinline__ void for_each_row(const Gather<T>& from, Int3 size, const Chunk& c, Visit&& visit) {
+__device__ __forceinline__ void for_each_row(const Tokens<T>& from, const Field& f, const Chunk& c, Visit&& visit) {
   constexpr int kWarps = kThreads / 32;
+  const Int3 size = f.size;
   const int warp = threadIdx.x / 32, flat = c.first_row + warp, z = size.z == 1 ? 0 : flat / size.y;
-  const int64_t step = kWarps * from.y, wrap = from.z - size.y * from.y;
+  const int64_t step = int64_t{kWarps} * from.y, wrap = from.z - int64_t{size.y} * from.y;
   int y = flat - z * size.y;
-  const T* at = from.at({z, y, c.begin});
+  const T* at = from.at(sum(f.begin, {z, y, c.begin}));
 #pragma unroll 1
   for (int row = warp; row < c.rows; row += kWarps) {
     visit(row, at);
@@ -94,27 +170,28 @@ __device__ __forceinline__ void for_each_row(const Gather<T>& from, Int3 size, c
 
 /// Starts the loads of a chunk; `slice` is the first piece of 16 bytes of each row. Zeros where there is no key.
 template <class T, int kHeadDim>
-__device__ __forceinline__ void load_chunk(uint32_t to, const Gather<T>& from, Int3 size, const Chunk& c, int slice) {
+__device__ __forceinline__ void load_chunk(uint32_t to, const Tokens<T>& from, const Field& f, const Chunk& c,
+                                           int slice) {
   constexpr int kPieces = kHeadDim / 8, kKeyBytes = kHeadDim * 2, kColumns = 32 / kPieces;
   const int lane = threadIdx.x % 32, piece = lane % kPieces, first = lane / kPieces, columns = c.end - c.begin;
   const int channel = (slice + piece) * 8, existing = channel < from.dim ? columns : 0;
-  const int64_t of_lane = first * from.x + channel, step = kColumns * from.x;
+  const int64_t of_lane = int64_t{first} * from.x + channel, step = int64_t{kColumns} * from.x;
   const auto swizzled_piece = [&](int column) { return (piece ^ chunk_swizzle<kHeadDim>(column)) << 4; };
   if (from.vector)
-    for_each_row(from, size, c, [&](int row, const T* at) {
+    for_each_row(from, f, c, [&](int row, const T* at) {
       uint32_t key_to = to + (row * c.pitch + first) * kKeyBytes;  // the pitch is a multiple of 8: see chunk_swizzle
       at += of_lane;
-#pragma unroll 2
+#pragma unroll 1
       for (int column = first; column < c.pitch; column += kColumns) {
         ptx::cp_async_16(key_to + swizzled_piece(column), column < existing ? at : from.base, column < existing);
         at += step, key_to += kColumns * kKeyBytes;
       }
     });
   else
-    for_each_row(from, size, c, [&](int row, const T* at) {
+    for_each_row(from, f, c, [&](int row, const T* at) {
       for (int column = first; column < c.pitch; column += kColumns) {
         uint4 words{0, 0, 0, 0};
-        if (column < existing) words = load_elements(at + column * from.x, channel, from.dim);
+        if (column < existing) words = load_elements(at + int64_t{column} * from.x, channel, from.dim);
         ptx::store_shared_128(to + (row * c.pitch + column) * kKeyBytes + swizzled_piece(column), words);
       }
     });
@@ -131,13 +208,14 @@ __device__ __forceinline__ void clear_behind(uint32_t to, const Chunk& c) {
 /// One step's rows: body.start(z, y) for the first of each plane, then body.row(address of the row's first column of
 /// this step, which octets see the row) for one after the other.
 template <int kHeadDim, class Body>
-__device__ __forceinline__ void walk_rows(const Sight& sight, const Chunk& c, uint32_t columns, Body& body) {
-  const int first_z = sight.size.z == 1 ? 0 : c.first_row / sight.size.y, row_bytes = c.pitch * (kHeadDim * 2);
+__device__ __forceinline__ void walk_rows(const Sight& sight, const Field& f, const Chunk& c, uint32_t columns,
+                                          Body& body) {
+  const int height = f.size.y, row_bytes = c.pitch * (kHeadDim * 2);
+  const int first_z = f.size.z == 1 ? 0 : c.first_row / height;
 #pragma unroll 1
   for (int z = detail::max(first_z, sight.rows_z.begin); z < sight.rows_z.end; ++z) {
-    const int before = z * sight.size.y - c.first_row;  // rows of the chunk before this plane
+    const int before = z * height - c.first_row;  // rows of the chunk before this plane
     const int begin = detail::max(sight.rows_y.begin, -before), end = detail::min(sight.rows_y.end, c.rows - before);
-    if (c.rows <= before) break;
     if (begin >= end) continue;
     int from[2], count[2];
 #pragma unroll
@@ -153,48 +231,57 @@ __device__ __forceinline__ void walk_rows(const Sight& sight, const Chunk& c, ui
   }
 }
 
-/// All of the box, chunk by chunk, for the whole block of threads. body.columns(the step's first column, the end of what
-/// is there, first column in the chunk) comes before the rows of a step.
+/// A chunk's steps for this warp. body.columns(the step's first column, the end of what is there, first column in the
+/// chunk) comes before the rows of a step.
+template <int kHeadDim, class Body>
+__device__ __forceinline__ void walk_chunk(const Sight& sight, const Field& f, const Chunk& c, uint32_t shared,
+                                           Body& body) {
+  const int end = detail::min(c.end, sight.columns.end);
+#pragma unroll 1
+  for (int first = detail::max(c.begin, sight.columns.begin); first < end; first += kStep) {
+    body.columns(first, end, first - c.begin);
+    walk_rows<kHeadDim>(sight, f, c, shared, body);
+  }
+}
+
+__device__ __forceinline__ Chunk whole(const Field& f) { return {0, f.size.z * f.size.y, 0, f.size.x, f.columns}; }
+
+/// All of the field, chunk by chunk, for the whole block of threads.
 template <class T, int kHeadDim, class Body>
-__device__ __forceinline__ void walk(const Sight& sight, const Gather<T>& from, uint32_t shared, int slice,
-                                     bool has_rows, Body& body) {
-  const int pitch = detail::min((sight.size.x + 7) & ~7, kMostColumns), rows = ChunkMap<kHeadDim>::kKeys / pitch;
-  const int all_rows = sight.size.z * sight.size.y;
+__device__ __forceinline__ void walk(const Field& f, const Sight& sight, const Tokens<T>& from, uint32_t shared,
+                                     int slice, bool has_rows, Body& body) {
+  const int all_rows = f.size.z * f.size.y;
 #pragma unroll 1
-  for (int column = 0; column < sight.size.x; column += pitch)
+  for (int column = 0; column < f.size.x; column += f.columns)
 #pragma unroll 1
-    for (int row = 0; row < all_rows; row += rows) {
-      const Chunk c{row, detail::min(rows, all_rows - row), column, detail::min(column + pitch, sight.size.x), pitch};
+    for (int row = 0; row < all_rows; row += f.rows) {
+      const Chunk c{row, detail::min(f.rows, all_rows - row), column, detail::min(column + f.columns, f.size.x),
+                    f.columns};
       __syncthreads();  // nobody reads the chunk before
-      load_chunk<T, kHeadDim>(shared, from, sight.size, c, slice);
+      load_chunk<T, kHeadDim>(shared, from, f, c, slice);
       if (Body::kClearBehind) clear_behind<kHeadDim * 2>(shared, c);
       ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
       __syncthreads();
-      if (!has_rows) continue;
-      const int end = detail::min(c.end, sight.columns.end);
-#pragma unroll 1
-      for (int first = detail::max(c.begin, sight.columns.begin); first < end; first += kStep) {
-        body.columns(first, end, first - c.begin);
-        walk_rows<kHeadDim>(sight, c, shared, body);
-      }
+      if (has_rows) walk_chunk<kHeadDim>(sight, f, c, shared, body);
     }
 }
+
+// ---- slots ----
 
 /// Where the attention tensor's rows of this warp stand, and their image in shared memory.
 template <class T>
 struct Slots {
   T* octet[2];         // of each octet's first row
   uint32_t staged[2];  // the same in shared memory; the distance of rows is `slots`
-  int64_t pitch;       // of rows in the tensor
+  int pitch;           // of rows in the tensor
   int slots, count[2];
 
-  __device__ Slots(const UnfusedParams& p, Int3 origin, const Octets& rows, T* base, uint32_t shared)
-      : pitch(p.token_strides[2]), slots(p.slots) {
+  __device__ __forceinline__ Slots(const UnfusedParams& p, const Block<T>& block, const Octets& rows, uint32_t shared)
+      : pitch(block.weights.x), slots(p.slots) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const Int3 at = sum(origin, rows.first[i]);
-      octet[i] = base + (at.z * p.token_strides[0] + at.y * p.token_strides[1] + at.x * p.token_strides[2]);
+      octet[i] = block.weights.at(sum(block.item.origin, rows.first[i]));
       // Rows that follow each other are copied as one, in pieces that are aligned on both sides.
       const uint32_t skew = pitch == slots ? uint32_t(reinterpret_cast<uintptr_t>(octet[i])) & 14 : 0;
       staged[i] = shared + i * p.octet_bytes() + skew;
@@ -202,14 +289,14 @@ struct Slots {
     }
   }
 
-  /// Of this lane's row of octet i, the slot of the box's first position: in shared memory, and in the tensor.
-  __device__ __forceinline__ uint32_t of_box(const UnfusedParams& p, const Sight& s, int i, int first_slot) const {
-    return staged[i] + (int(threadIdx.x % 32 / 4) * slots + first_slot - before_window(p, s, i)) * 2;
+  /// Of this lane's row of octet i, the slot of the field's first position: in shared memory, and in the tensor.
+  __device__ __forceinline__ uint32_t of_field(const UnfusedParams& p, const Sight& s, int i) const {
+    return staged[i] + (int(threadIdx.x % 32 / 4) * slots - before_window(p, s, i)) * 2;
   }
   __device__ __forceinline__ int64_t in_octet(const UnfusedParams& p, const Sight& s, int i, int first_slot) const {
-    return threadIdx.x % 32 / 4 * pitch + (first_slot - before_window(p, s, i));
+    return int64_t(threadIdx.x % 32 / 4) * pitch + (first_slot - before_window(p, s, i));
   }
-  /// Slots between those of the box's first position and of the window's.
+  /// Slots between those of the field's first position and of the window's.
   __device__ static __forceinline__ int before_window(const UnfusedParams& p, const Sight& s, int i) {
     return s.z[i].begin * p.slot_strides[0] + s.y[i].begin * p.slot_strides[1] + s.x[i].begin;
   }
@@ -227,7 +314,7 @@ struct Slots {
 #pragma unroll 1
         for (int row = 0; row < rows; ++row)
 #pragma unroll 1
-          for (int n = lane; n < slots; n += 32) element(tensor + row * pitch + n, shared + (row * slots + n) * 2);
+          for (int n = lane; n < slots; n += 32) element(tensor + int64_t{row} * pitch + n, shared + (row * slots + n) * 2);
         continue;
       }
       const int head = detail::min(-int(shared / 2) & 7, all), tail = (all - head) & 7;
@@ -247,38 +334,14 @@ struct Slots {
   }
 };
 
-/// Bits 2h + e of a lane's columns first + 8h + 2t + e (e: 0, 1) that a row sees.
+/// Bits 1 + 2h + e of a lane's columns first + 8h + 2t + e (e: 0, 1) that a row sees. The first predicate register is
+/// often taken, so that bits from 1 on become predicates in one instruction.
 __device__ __forceinline__ uint32_t column_bits(Span seen, int first, int end) {
-  const int column = first + threadIdx.x % 4 * 2;
-  uint32_t bits = 0;
-#pragma unroll
-  for (int h = 0; h < 2; ++h)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int at = column + 8 * h + e;
-      bits |= uint32_t(seen.contains(at) && at < end) << (2 * h + e);
-    }
-  return bits;
+  const int from = detail::max(seen.begin - first, 0), to = detail::max(detail::min(seen.end, end) - first, 0);
+  const uint32_t of_step = from < kStep ? ((1u << detail::min(to, kStep)) - 1) & ~0u << from : 0;
+  const uint32_t mine = of_step >> threadIdx.x % 4 * 2;
+  return (mine & 3) << 1 | (mine >> 5 & 24);
 }
-
-/// The block's item and the spans of its coordinates, in shared memory: one warp finds them, and they need no registers.
-/// Null if there is nothing to do.
-template <int kHeadDim>
-__device__ __forceinline__ const Item* begin_item(const UnfusedParams& p, unsigned char* smem) {
-  Item* item = reinterpret_cast<Item*>(smem + ChunkMap<kHeadDim>::kItem);
-  if (threadIdx.x == 0) *item = decode_item(p.boxes, blockIdx.x);
-  __syncthreads();
-  if (item->empty) return nullptr;
-  fill_spans(reinterpret_cast<Span*>(smem + ChunkMap<kHeadDim>::kSpans), p.boxes, *item);
-  __syncthreads();
-  return item;
-}
-
-template <class T>
-__device__ __forceinline__ T* weights_of(const UnfusedParams& p, const Item& item, int head) {
-  const int64_t* s = p.weights.strides;
-  return pointer<T>(p.weights) + item.batch * s[0] + head * s[4] + item.residue.z * s[1] + item.residue.y * s[2] +
-         item.residue.x * s[3];
-}
+__device__ __forceinline__ bool has_column(uint32_t bits, int column) { return bits >> (column + 1) & 1; }
 
 }  // namespace natten::cuda_portable

@@ -18,17 +18,16 @@ struct Scores {
   uint32_t staged[2];        // slot of the box's first position, of this lane's rows
   T* in_place[2];            // the same in the tensor
   const T* bias = nullptr;   // entry of equal positions; null if there is none
-  int entry_of_box[2];       // from there on
+  int entry_of_box[2] = {0, 0};  // from there on
   uint32_t lane_key;   // offset of the step's first key
   uint32_t sees[2];    // see column_bits
   int column;          // this lane's first
   uint32_t to[2];      // of the row at hand: `staged` and what follows, moved to this lane's first column
   int64_t slot;
-  int entry[2];
+  int entry[2] = {0, 0};
 
-  __device__ __forceinline__ Scores(const UnfusedParams& params, const Item& item, const Octets& octets)
+  __device__ __forceinline__ Scores(const UnfusedParams& params, const Tokens<T>& from, const Octets& octets)
       : p(params), rows(octets), sight(Int3{0, 0, 0}) {
-    const Gather<T> from = gather_group<T>(p.boxes, p.boxes.q, item, item.head, {0, 0, 0});
     const int t = threadIdx.x % 4;
     uint4 words[2][kWords];
 #pragma unroll
@@ -43,6 +42,13 @@ struct Scores {
       }
     }
     make_fragments<kHeadDim>(query, words, p.zero);
+  }
+
+  __device__ __forceinline__ void set_bias(const BiasTable<T>& table, Int3 begin) {
+    bias = table.table;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      entry_of_box[i] = int(uint32_t(table.term(begin)) - uint32_t(table.term(rows.at[i])));
   }
 
   __device__ __forceinline__ void columns(int first, int end, int in_chunk) {
@@ -64,16 +70,17 @@ struct Scores {
   }
 
   __device__ __forceinline__ void row(uint32_t address, const bool (&sees_row)[2]) {
+    constexpr float kZeros[4] = {};
     float s[2][4];
+    uint4 key[2][kWords];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      constexpr float kZeros[4] = {};
-      uint4 key[kWords];
-      load_key<kHeadDim>(key, address + lane_key + h * 8 * kKeyBytes);
-      multiply_keys<T, kHeadDim>(s[h], query, key, kZeros);
+    for (int h = 0; h < 2; ++h) load_key<kHeadDim>(key[h], address + lane_key + h * 8 * kKeyBytes);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) multiply_keys<T, kHeadDim>(s[h], query, key[h], kZeros);
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[h][e] *= p.scale;
-    }
     const uint32_t seen[2] = {sees_row[0] ? sees[0] : 0, sees_row[1] ? sees[1] : 0};
     if (bias) add_bias(s, seen);
 #pragma unroll
@@ -91,14 +98,14 @@ struct Scores {
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int c = 0; c < 4; ++c)
-        if (seen[i] >> c & 1) s[c / 2][2 * i + c % 2] += to_real(bias[entry[i] + (c / 2 * 8 + c % 2) * x]);
+        if (has_column(seen[i], c)) s[c / 2][2 * i + c % 2] += to_real(bias[entry[i] + (c / 2 * 8 + c % 2) * x]);
       entry[i] += int(p.boxes.bias.strides[2]);
     }
   }
   __device__ __forceinline__ void store(int i, uint32_t seen, uint32_t low, uint32_t high) const {
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      if (!(seen >> c & 1)) continue;
+      if (!has_column(seen, c)) continue;
       const uint32_t bits = (c < 2 ? low : high) >> (c % 2 * 16);
       if (kStaged)
         ptx::store_shared_16(to[i] + (c / 2 * 8 + c % 2) * 2, bits);
@@ -119,57 +126,69 @@ __device__ __forceinline__ void fill_unused(const UnfusedParams& p, const Slots<
         if (kStaged)
           ptx::store_shared_16(slots.staged[i] + (row * p.slots + n) * 2, word);
         else
-          slots.octet[i][row * slots.pitch + n].bits = uint16_t(word);
+          slots.octet[i][int64_t{row} * slots.pitch + n].bits = uint16_t(word);
   __syncwarp();
 }
 
 template <class T, int kHeadDim, bool kStaged>
-__device__ __forceinline__ void write_scores(const UnfusedParams& p, const Item& item, unsigned char* smem) {
+__device__ __forceinline__ void write_scores(const UnfusedParams& p, const Block<T>& block, int pair,
+                                             unsigned char* smem) {
   using Map = ChunkMap<kHeadDim>;
-  const int warp = threadIdx.x / 32, head_kv = item.head / p.boxes.problem.heads_per_kv();
+  const int extra_keys = kStaged ? 0 : p.boxes.problem.extra_keys;
   const uint32_t shared = ptx::shared_address(smem);
-  const Span* spans = reinterpret_cast<Span*>(smem + Map::kSpans);
-  const Octets rows(p, item, warp);
-  const Slots<T> slots(p, item.origin, rows, weights_of<T>(p, item, item.head),
-                       shared + Map::kStaging + warp * p.staged_bytes());
-  Scores<T, kHeadDim, kStaged> scores(p, item, rows);
+  const Octets rows(p, block.item, pair);
+  Scores<T, kHeadDim, kStaged> scores(p, block.queries, rows);
+  const Slots<T> slots(p, block, rows, shared + Map::kStaging + threadIdx.x / 32 * p.staged_bytes());
   if (p.has_unused) fill_unused<T, kStaged>(p, slots);
 #pragma unroll 1
-  for (int extra = p.window_slots > 0 ? 0 : 1; extra < (p.boxes.problem.extra_keys > 0 ? 2 : 1); ++extra) {
-    scores.sight = extra ? Sight({1, 1, p.boxes.problem.extra_keys}) : Sight(p, item, rows, spans);
-    const Sight& s = scores.sight;
-    const BiasTable<T> bias(p.boxes, item.head);
+  for (int extra = kStaged || p.window_slots > 0 ? 0 : 1; extra < (extra_keys > 0 ? 2 : 1); ++extra) {
+    const Field field = extra ? Field({0, 0, 0}, {1, 1, extra_keys}, Map::kKeys) : block.field;
+    scores.sight = extra ? Sight(field.size)
+                         : Sight(p.boxes.tile, rows, reinterpret_cast<Span*>(smem + Map::kSpans), field.begin);
+    scores.bias = nullptr;
+    if (p.boxes.problem.has_bias && !extra) scores.set_bias(BiasTable<T>(p.boxes, block.item.head), field.begin);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      scores.staged[i] = slots.of_box(p, s, i, extra ? p.window_slots : 0);
-      scores.in_place[i] = slots.octet[i] + slots.in_octet(p, s, i, extra ? p.window_slots : 0);
-      scores.entry_of_box[i] = int(uint32_t(bias.term(s.begin)) - uint32_t(bias.term(rows.at[i])));
+      scores.staged[i] = slots.of_field(p, scores.sight, i);
+      scores.in_place[i] = slots.octet[i] + slots.in_octet(p, scores.sight, i, extra ? p.window_slots : 0);
     }
-    scores.bias = extra ? nullptr : bias.table;
-    const Gather<T> keys = extra ? gather_plain<T>(p.boxes.extra_k, item.batch, head_kv, {0, 0, 0})
-                                 : gather_group<T>(p.boxes, p.boxes.k, item, head_kv, s.begin);
-    walk<T, kHeadDim>(s, keys, shared, 0, rows.count[0] > 0, scores);
+    if (kStaged)
+      walk_chunk<kHeadDim>(scores.sight, field, whole(field), shared, scores);
+    else
+      walk<T, kHeadDim>(field, scores.sight, extra ? block.extra : block.keys, shared, 0, rows.count[0] > 0, scores);
+    if (kStaged) break;
   }
   __syncwarp();
   if (kStaged) slots.store();
+  __syncwarp();
 }
 
 template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, kHeadDim == 128 ? 4 : 5)
     scores_kernel(const __grid_constant__ UnfusedParams p) {
   extern __shared__ __align__(128) unsigned char smem[];
-  const Item* item = begin_item<kHeadDim>(p, smem);
-  if (!item) return;
-  if (p.staged)
-    write_scores<T, kHeadDim, true>(p, *item, smem);
-  else
-    write_scores<T, kHeadDim, false>(p, *item, smem);
+  begin_block<T, kHeadDim>(p, smem);
+  const Block<T>& block = block_of<T, kHeadDim>(smem);
+  if (block.item.empty) return;
+  const bool at_once = p.staged && block.field.is_one_chunk();
+  if (at_once) {
+    load_chunk<T, kHeadDim>(ptx::shared_address(smem), block.keys, block.field, whole(block.field), 0);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+  }
+#pragma unroll 1
+  for (int pair = threadIdx.x / 32; pair < p.num_pairs; pair += kThreads / 32)
+    if (at_once)
+      write_scores<T, kHeadDim, true>(p, block, pair, smem);
+    else
+      write_scores<T, kHeadDim, false>(p, block, pair, smem);
 }
 
 void launch_scores(const UnfusedParams& params, void* stream) {
   dispatch_unfused<128>(params.boxes.problem.dtype, params.boxes.q.dim, [&](auto element, auto head_dim) {
-    launch(scores_kernel<decltype(element), head_dim>, params.boxes.num_items,
-           ChunkMap<head_dim>::kStaging + kThreads / 32 * params.staged_bytes(), stream, params);
+    launch(scores_kernel<decltype(element), head_dim>, params.boxes.num_items, ChunkMap<head_dim>::bytes(params), stream,
+           params);
   });
 }
 

@@ -6,70 +6,63 @@
 
 namespace natten::cuda_portable {
 
-/// Where the weights of a tile's rows stand: an address is a sum of what the row adds and what each axis of the other
-/// side adds, although windows shift: of the queries' side both the token and where its window begins.
-template <class T>
-struct WeightMap {
-  const UnfusedParams& p;
-  const Item& item;
-  Int3 begin;  // of the box
-  const T* of_row[2];
-
-  __device__ WeightMap(const UnfusedParams& params, const Item& work, const Octets& rows, const Sight& sight, int head,
-                       bool extra)
-      : p(params), item(work), begin(sight.begin) {
-    const Side side = p.boxes.side;
-    const T* base = weights_of<T>(p, item, head);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const Int3 at = rows.at[i];
-      const int64_t token = at.z * p.token_strides[0] + at.y * p.token_strides[1] + at.x * p.token_strides[2];
-      const int window = Slots<T>::before_window(p, sight, i);
-      const int slot = at.z * p.slot_strides[0] + at.y * p.slot_strides[1] + at.x;
-      of_row[i] = base + (side == Side::queries ? token + (extra ? p.window_slots : -window)
-                          : side == Side::keys  ? int64_t{slot}
-                                                : int64_t{p.window_slots} + at.x);
-    }
-  }
-  /// `at` is relative to the box.
-  __device__ __forceinline__ int64_t of_axis(int axis, int at) const {
-    if (p.boxes.side == Side::queries) return int64_t{at} * p.slot_strides[axis];
-    const int position = component(begin, axis) + at;
-    const int64_t token = position * p.token_strides[axis];
-    if (p.boxes.side == Side::extra_keys) return token;
-    return token - int64_t{seen_from<false>(item.group[axis], position).begin} * p.slot_strides[axis];
-  }
-};
-
 /// What a tile sums over, one after the other: the grid's keys and the additional ones; or the heads of queries.
 struct Passes {
   int first, last;
 
-  __device__ explicit Passes(const UnfusedParams& p) : first(0), last(p.boxes.problem.heads_per_kv()) {
-    if (p.boxes.side == Side::queries) first = p.window_slots > 0 ? 0 : 1, last = p.boxes.problem.extra_keys > 0 ? 2 : 1;
+  __device__ __forceinline__ explicit Passes(const UnfusedParams& p) : first(0), last(p.boxes.problem.heads_per_kv()) {
+    if (p.boxes.side != Side::queries) return;
+    first = p.window_slots > 0 ? 0 : 1, last = p.boxes.problem.extra_keys > 0 ? 2 : 1;
   }
 };
 
+/// One of them. An address of a weight is a sum of what the tile's row adds and what each axis of the other side adds,
+/// although windows shift: of the side that holds queries both the token and where its window begins.
 template <class T>
 struct Pass {
-  bool extra;
-  int head, head_other;
-  Sight sight;
-  Gather<T> from;
+  static constexpr int kKeys = chunk_keys(64);  // and of 32, which is all that there is here
 
-  __device__ Pass(const UnfusedParams& p, const Item& item, const Octets& rows, const Span* spans, int number)
-      : extra(p.boxes.side == Side::queries && number == 1), sight(Int3{0, 0, 0}) {
-    const BoxesParams& b = p.boxes;
-    const bool queries = b.side == Side::queries;
-    head = queries ? item.head : item.head * b.problem.heads_per_kv() + number;
-    head_other = queries ? item.head / b.problem.heads_per_kv() : head;
-    if (extra || b.side == Side::extra_keys) {
-      sight = Sight(extra ? Int3{1, 1, b.problem.extra_keys} : b.problem.grid());
-      from = gather_plain<T>(extra ? b.extra_k : b.q, item.batch, head_other, {0, 0, 0});
-    } else {
-      sight = Sight(p, item, rows, spans);
-      from = gather_group<T>(b, queries ? b.k : b.q, item, head_other, sight.begin);
+  const UnfusedParams& p;
+  const Block<T>& block;
+  const bool extra, of_keys;  // the other side: additional keys; or keys, not queries
+  Field field;
+  Sight sight;
+  Tokens<T> from;
+  const T* of_row[2];
+
+  __device__ __forceinline__ Pass(const UnfusedParams& params, const Block<T>& shared, const Octets& rows,
+                                  const Span* spans, int number)
+      : p(params),
+        block(shared),
+        extra(params.boxes.side == Side::queries && number == 1),
+        of_keys(params.boxes.side == Side::queries),
+        field(shared.field),
+        sight(Int3{0, 0, 0}),
+        from(of_keys ? (extra ? shared.extra : shared.keys) : shared.queries) {
+    const Side side = p.boxes.side;
+    const bool plain = extra || side == Side::extra_keys;
+    if (plain) field = Field({0, 0, 0}, extra ? Int3{1, 1, p.boxes.problem.extra_keys} : p.boxes.problem.grid(), kKeys);
+    sight = plain ? Sight(field.size) : Sight(p.boxes.tile, rows, spans, field.begin);
+    const T* weights = block.weights.base;
+    if (!of_keys) from.base += number * p.boxes.q.view.strides[4], weights += number * p.weights.strides[4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Int3 at = rows.at[i];
+      const int slot = at.z * p.slot_strides[0] + at.y * p.slot_strides[1] + at.x;
+      of_row[i] = weights + (side == Side::queries ? block.weights.at(at) - block.weights.base +
+                                                         (extra ? p.window_slots : -Slots<T>::before_window(p, sight, i))
+                             : side == Side::keys  ? int64_t{slot}
+                                                   : int64_t{p.window_slots} + at.x);
     }
+  }
+  /// `at` is relative to the field.
+  __device__ __forceinline__ int64_t of_axis(int axis, int at) const {
+    if (of_keys) return int64_t{at} * p.slot_strides[axis];
+    const int position = component(field.begin, axis) + at;
+    const Tokens<T>& w = block.weights;
+    const int64_t token = int64_t{position} * (axis == 0 ? w.z : axis == 1 ? w.y : w.x);
+    if (p.boxes.side == Side::extra_keys) return token;
+    return token - int64_t{seen_from<false>(block.item.group[axis], position).begin} * p.slot_strides[axis];
   }
 };
 
@@ -81,16 +74,16 @@ struct Weigh {
   const UnfusedParams& p;
   const Octets& rows;
   const Sight& sight;
-  const WeightMap<T>& map;
-  uint32_t staged[2];  // of the lane's rows, the slot of the box's first position; as in WeightMap::of_row
   float (&acc)[kHeadDim / 8][4];
+  const Pass<T>* pass = nullptr;  // where weights are read in place
+  uint32_t staged[2] = {0, 0};    // otherwise, of the lane's rows: the slot of the field's first position
 
-  uint32_t lane_key;  // offset of this lane's key of the step
-  uint32_t sees[2];   // see column_bits
-  int first_column;
-  int64_t column[4];  // what the lane's columns add to an address
-  uint32_t at[2];     // of the row at hand: `staged`, moved to this lane's first column
-  int z, y;           // of the row at hand
+  uint32_t lane_key = 0;        // offset of this lane's key of the step
+  uint32_t sees[2] = {0, 0};    // see column_bits
+  int first_column = 0;
+  int64_t column[4] = {};       // what the lane's columns add to an address
+  uint32_t at[2] = {0, 0};      // of the row at hand: `staged`, moved to this lane's first column
+  int z = 0, y = 0;             // of the row at hand
 
   __device__ __forceinline__ void columns(int first, int end, int in_chunk) {
     const int lane = threadIdx.x % 32, key = in_chunk + lane % 16;
@@ -101,8 +94,7 @@ struct Weigh {
     if (kStaged) return;
 #pragma unroll
     for (int c = 0; c < 4; ++c) {  // columns that nobody sees need no address, but one that exists
-      const int at = detail::min(first_column + c / 2 * 8 + c % 2, sight.size.x - 1);
-      column[c] = map.of_axis(2, at);
+      column[c] = pass->of_axis(2, detail::min(first_column + c / 2 * 8 + c % 2, pass->field.size.x - 1));
     }
   }
 
@@ -115,16 +107,16 @@ struct Weigh {
   __device__ __forceinline__ void row(uint32_t address, const bool (&sees_row)[2]) {
     uint32_t weight[4], value[kHeadDim / 16][4];
     load_transposed<kHeadDim>(value, address + lane_key);
-    const int64_t of_row = kStaged ? 0 : map.of_axis(0, z) + map.of_axis(1, y);
+    const int64_t of_row = kStaged ? 0 : pass->of_axis(0, z) + pass->of_axis(1, y);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t seen = sees_row[i] ? sees[i] : 0;
       uint32_t bits[4] = {0, 0, 0, 0};
 #pragma unroll
       for (int c = 0; c < 4; ++c)
-        if (seen >> c & 1)
+        if (has_column(seen, c))
           bits[c] = kStaged ? ptx::load_shared_16(at[i] + (c / 2 * 8 + c % 2) * 2)
-                            : uint32_t{map.of_row[i][of_row + column[c]].bits};
+                            : uint32_t{pass->of_row[i][of_row + column[c]].bits};
       weight[i] = bits[0] | bits[1] << 16, weight[2 + i] = bits[2] | bits[3] << 16;
       at[i] += p.slot_strides[1] * 2;
     }
@@ -135,35 +127,33 @@ struct Weigh {
 
 /// The rows of the tile that are written.
 template <class T>
-__device__ __forceinline__ Gather<T> results_of(const UnfusedParams& p, const Item& item) {
-  const BoxesParams& b = p.boxes;
-  if (b.side == Side::extra_keys) return gather_plain<T>(b.extra_k, item.batch, item.head, {0, 0, 0});
-  return gather_group<T>(b, b.side == Side::queries ? b.q : b.k, item, item.head, {0, 0, 0});
+__device__ __forceinline__ const Tokens<T>& results_of(const UnfusedParams& p, const Block<T>& block) {
+  return p.boxes.side == Side::queries ? block.queries : p.boxes.side == Side::keys ? block.keys : block.extra;
 }
 
-/// A warp's rows, channels from `first` on, by plain sums over exactly what is seen: where a NaN or infinity would
+/// A pair's rows, channels from `first` on, by plain sums over exactly what is seen: where a NaN or infinity would
 /// reach rows that do not see it, as 0 * NaN.
 /// NOTE: a function of its own, so that it costs the other tiles no registers.
 template <class T>
-__device__ __noinline__ void weigh_exactly(const UnfusedParams& p, const Item& item, const Span* spans, int first,
-                                           int channels) {
-  const Octets rows(p, item, threadIdx.x / 32);
-  const Gather<T> to = results_of<T>(p, item);
+__device__ __noinline__ void weigh_exactly(const UnfusedParams& p, const Block<T>& block, const Span* spans, int pair,
+                                           Span channels) {
+  const Octets rows(p, block.item, pair);
+  const Tokens<T> to = results_of(p, block);
   const Passes passes(p);
-  const int end = detail::min(first + channels, to.dim);
-  for (int next = first; next < end; next += 4) {
+  const int end = detail::min(channels.end, to.dim);
+  for (int next = channels.begin; next < end; next += 4) {
     const int c = detail::min(next + int(threadIdx.x % 4), end - 1);
     float sum[2] = {0, 0};
     for (int number = passes.first; number < passes.last; ++number) {
-      const Pass<T> pass(p, item, rows, spans, number);
-      const WeightMap<T> map(p, item, rows, pass.sight, pass.head, pass.extra);
+      const Pass<T> pass(p, block, rows, spans, number);
       const Sight& s = pass.sight;
       for (int i = 0; i < 2; ++i)
         for (int z = s.z[i].begin; z < s.z[i].end; ++z)
           for (int y = s.y[i].begin; y < s.y[i].end; ++y)
             for (int x = s.x[i].begin; x < s.x[i].end; ++x) {
-              const T weight = map.of_row[i][map.of_axis(0, z) + map.of_axis(1, y) + map.of_axis(2, x)];
-              sum[i] = fmaf(to_real(weight), to_real(pass.from.at({z, y, x})[c]), sum[i]);
+              const T weight = pass.of_row[i][pass.of_axis(0, z) + pass.of_axis(1, y) + pass.of_axis(2, x)];
+              const T* row = pass.from.at({pass.field.begin.z + z, pass.field.begin.y + y, pass.field.begin.x + x});
+              sum[i] = fmaf(to_real(weight), to_real(row[c]), sum[i]);
             }
     }
     for (int i = 0; i < 2; ++i)
@@ -172,7 +162,7 @@ __device__ __noinline__ void weigh_exactly(const UnfusedParams& p, const Item& i
 }
 
 template <class T, int kHeadDim>
-__device__ __forceinline__ void store_sums(const UnfusedParams& p, const Gather<T>& to, const Octets& rows,
+__device__ __forceinline__ void store_sums(const UnfusedParams& p, const Tokens<T>& to, const Octets& rows,
                                            const float (&acc)[kHeadDim / 8][4], int first) {
   const int t = threadIdx.x % 4;
 #pragma unroll
@@ -197,50 +187,68 @@ __device__ __forceinline__ void store_sums(const UnfusedParams& p, const Gather<
 }
 
 template <class T, int kHeadDim, bool kStaged>
-__device__ __forceinline__ void weigh(const UnfusedParams& p, const Item& item, unsigned char* smem) {
+__device__ __forceinline__ void weigh(const UnfusedParams& p, const Block<T>& block, int pair, unsigned char* smem) {
   using Map = ChunkMap<kHeadDim>;
-  const int warp = threadIdx.x / 32, slice = blockIdx.y * (kHeadDim / 8);
   const uint32_t shared = ptx::shared_address(smem);
   const Span* spans = reinterpret_cast<Span*>(smem + Map::kSpans);
-  const Octets rows(p, item, warp);
-  const Slots<T> slots(p, item.origin, rows, weights_of<T>(p, item, item.head),
-                       shared + Map::kStaging + warp * p.staged_bytes());
-  if (kStaged) slots.load();
+  const int slice = blockIdx.y * (kHeadDim / 8);
+  const Octets rows(p, block.item, pair);
   float acc[kHeadDim / 8][4];
   set_zero(acc);
-  const Passes passes(p);
-#pragma unroll 1
-  for (int number = passes.first; number < passes.last; ++number) {
-    const Pass<T> pass(p, item, rows, spans, number);
-    const Sight& s = pass.sight;
-    const WeightMap<T> map(p, item, rows, s, pass.head, pass.extra);
-    Weigh<T, kHeadDim, kStaged> body{p, rows, s, map, {0, 0}, acc, 0, {0, 0}, 0, {}, {0, 0}, 0, 0};
+  if constexpr (kStaged) {
+    const Slots<T> slots(p, block, rows, shared + Map::kStaging + threadIdx.x / 32 * p.staged_bytes());
+    slots.load();
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    if (pair < kThreads / 32) __syncthreads();  // the field is there
+    __syncwarp();
+    const Sight sight(p.boxes.tile, rows, spans, block.field.begin);
+    Weigh<T, kHeadDim, true> body{p, rows, sight, acc};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) body.staged[i] = slots.of_box(p, s, i, pass.extra ? p.window_slots : 0);
-    walk<T, kHeadDim>(s, pass.from, shared, slice, rows.count[0] > 0, body);
+    for (int i = 0; i < 2; ++i) body.staged[i] = slots.of_field(p, sight, i);
+    walk_chunk<kHeadDim>(sight, block.field, whole(block.field), shared, body);
+  } else {
+    const Passes passes(p);
+#pragma unroll 1
+    for (int number = passes.first; number < passes.last; ++number) {
+      const Pass<T> pass(p, block, rows, spans, number);
+      Weigh<T, kHeadDim, false> body{p, rows, pass.sight, acc, &pass};
+      walk<T, kHeadDim>(pass.field, pass.sight, pass.from, shared, slice, rows.count[0] > 0, body);
+    }
   }
   if (!__all_sync(~0u, finite_witness(acc, 0) == 0 && finite_witness(acc, 1) == 0))
-    weigh_exactly<T>(p, item, spans, slice * 8, kHeadDim);
+    weigh_exactly<T>(p, block, spans, pair, {slice * 8, slice * 8 + kHeadDim});
   else
-    store_sums<T, kHeadDim>(p, results_of<T>(p, item), rows, acc, slice * 8);
+    store_sums<T, kHeadDim>(p, results_of(p, block), rows, acc, slice * 8);
+  __syncwarp();
 }
 
 template <class T, int kHeadDim>
-__global__ void __launch_bounds__(kThreads, kHeadDim == 32 ? 5 : 4) weigh_kernel(const __grid_constant__ UnfusedParams p) {
+__global__ void __launch_bounds__(kThreads, kHeadDim == 32 ? 5 : 4)
+    weigh_kernel(const __grid_constant__ UnfusedParams p) {
   extern __shared__ __align__(128) unsigned char smem[];
-  const Item* item = begin_item<kHeadDim>(p, smem);
-  if (!item) return;
-  if (p.staged)
-    weigh<T, kHeadDim, true>(p, *item, smem);
-  else
-    weigh<T, kHeadDim, false>(p, *item, smem);
+  begin_block<T, kHeadDim>(p, smem);
+  const Block<T>& block = block_of<T, kHeadDim>(smem);
+  if (block.item.empty) return;
+  const bool at_once = p.staged && block.field.is_one_chunk();
+  if (at_once) {
+    const uint32_t shared = ptx::shared_address(smem);
+    load_chunk<T, kHeadDim>(shared, block.keys, block.field, whole(block.field), blockIdx.y * (kHeadDim / 8));
+    clear_behind<kHeadDim * 2>(shared, whole(block.field));
+  }
+#pragma unroll 1
+  for (int pair = threadIdx.x / 32; pair < p.num_pairs; pair += kThreads / 32)
+    if (at_once)
+      weigh<T, kHeadDim, true>(p, block, pair, smem);
+    else
+      weigh<T, kHeadDim, false>(p, block, pair, smem);
 }
 
 void launch_weigh(const UnfusedParams& params, void* stream) {
   const int dim = params.boxes.q.dim;
   dispatch_unfused<64>(params.boxes.problem.dtype, dim, [&](auto element, auto head_dim) {
     launch(weigh_kernel<decltype(element), head_dim>, dim3(params.boxes.num_items, detail::ceil_div(dim, head_dim)),
-           ChunkMap<head_dim>::kStaging + kThreads / 32 * params.staged_bytes(), stream, params);
+           ChunkMap<head_dim>::bytes(params), stream, params);
   });
 }
 
