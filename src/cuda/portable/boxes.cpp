@@ -48,7 +48,9 @@ void set_items(BoxesParams& params) {
   int64_t items = p.batch * heads;
   for (int a = 0; a < 3; ++a) {
     const int extent = !extra ? group_axis(p.axes[a], 0).extent : a == 2 ? p.extra_keys : 1;
-    const int groups = extra ? 1 : num_groups(p.axes[a]), tile = a == 0 ? params.tile.z : a == 1 ? params.tile.y : params.tile.x;
+    const int groups = extra ? 1 : num_groups(p.axes[a]), tile = a == 0   ? params.tile.z
+                                                                 : a == 1 ? params.tile.y
+                                                                          : params.tile.x;
     tiles[a] = detail::ceil_div(extent, tile);
     params.by_tiles[a] = FastDiv(tiles[a]), params.by_groups[a] = FastDiv(groups);
     items *= int64_t{tiles[a]} * groups;

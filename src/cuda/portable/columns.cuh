@@ -89,7 +89,7 @@ __device__ __forceinline__ void load_columns(uint32_t to_a, uint32_t to_b, const
   }
 }
 
-/// Spans of every coordinate of the tile: z first, then y, then x. By `threads` threads, of which this is number `first`.
+/// Spans of every coordinate of the tile: z first, then y, then x. By `threads` threads, this one being number `first`.
 __device__ __forceinline__ void fill_spans(Span* spans, const BoxesParams& p, const Item& item, int first,
                                            int threads) {
   for (int coord = first; coord < p.tile.z + p.tile.y + p.tile.x; coord += threads) {

@@ -59,7 +59,8 @@ __device__ __forceinline__ Item decode_item(const BoxesParams& p, int index) {
   };
   Int3 tile;
   tile.x = digit(p.by_tiles[2]), tile.y = digit(p.by_tiles[1]), tile.z = digit(p.by_tiles[0]);
-  item.residue.x = digit(p.by_groups[2]), item.residue.y = digit(p.by_groups[1]), item.residue.z = digit(p.by_groups[0]);
+  item.residue.x = digit(p.by_groups[2]), item.residue.y = digit(p.by_groups[1]),
+  item.residue.z = digit(p.by_groups[0]);
   item.head = digit(p.by_heads);
   item.batch = index;
   item.origin = {tile.z * p.tile.z, tile.y * p.tile.y, tile.x * p.tile.x};

@@ -11,7 +11,7 @@ namespace natten::cuda_portable {
 namespace {
 
 constexpr int kMostHeadDim = 128;
-constexpr int64_t kMostItems = (int64_t{1} << 31) - 1;  // of a grid
+constexpr int64_t kMostInt = (int64_t{1} << 31) - 1;
 constexpr int64_t kMostTokens = int64_t{1} << 30;       // positions and slots are ints
 constexpr int64_t kMostSlots = int64_t{1} << 24;
 constexpr int64_t kMostBiasEntries = int64_t{1} << 26;
@@ -25,16 +25,19 @@ const char* why_not(const Problem& p) {
   if (p.tokens() >= kMostTokens || p.extra_keys >= kMostTokens) return "there are more than 2^30 tokens";
   if (num_slots(p) > kMostSlots) return "a query has more than 2^24 slots";
   if (bias_entries(p) > kMostBiasEntries) return "the relative position bias has more than 2^26 entries per head";
-  if (double(p.batch) * double(p.tokens()) * p.heads > double(kMostItems)) return "there are more than 2^31 queries";
+  if (double(p.batch) * double(p.tokens()) * p.heads > double(kMostInt)) return "there are more than 2^31 queries";
   return nullptr;
 }
 
-// Octets per axis, z, y, x, that make the least work: steps of the warps, and loads for all of them. Twice as many octets
-// as warps take, if the field then still comes to shared memory at once.
+// Channels that a kernel is compiled for.
+int bucket(int dim) { return dim <= 32 ? 32 : dim <= 64 ? 64 : 128; }
+
+// Octets per axis, z, y, x, that make the least work: steps of the warps, and loads for all of them. Twice as many
+// octets as warps take, if the field then still comes to shared memory at once.
 Int3 choose_octets(const Problem& p, Side side) {
   if (side == Side::extra_keys) return {1, 1, kMostOctets / 2};
   const Axis z = group_axis(p.axes[0], 0), y = group_axis(p.axes[1], 0), x = group_axis(p.axes[2], 0);
-  const int dim = std::max(p.head_dim, p.head_dim_v), keys = chunk_keys(dim <= 32 ? 32 : dim <= 64 ? 64 : 128);
+  const int keys = most_keys(bucket(std::max(p.head_dim, p.head_dim_v)));
   const auto seen = [side](const Axis& a, int tile) { return double(positions_seen(a, side, tile)); };
   Int3 best;
   double least = HUGE_VAL;
@@ -55,13 +58,30 @@ Int3 choose_octets(const Problem& p, Side side) {
   return best;
 }
 
-void set_tile(UnfusedParams& params, Side side) {
+// Positions that `tile` queries see, at most.
+int64_t most_seen(const Axis& axis, int tile) {
+  const Axis g = group_axis(axis, 0);
+  return std::min<int64_t>(int64_t{g.window} + tile + g.stride - 2, g.extent);
+}
+
+// Shared memory for the field of any tile, if that is not too much; what is seen of keys is not known that easily.
+int chunk_keys(const Problem& p, Side side, Int3 tile, int head_dim) {
+  const int most = most_keys(head_dim);
+  if (side != Side::queries || !p.has_window() || p.extra_keys > 0) return most;
+  const int64_t columns = (most_seen(p.axes[2], tile.x) + 7) / 8 * 8;
+  const int64_t rows = most_seen(p.axes[0], tile.z) * most_seen(p.axes[1], tile.y);
+  return columns > kMostColumns || rows > most / columns ? most : int(columns * rows);
+}
+
+// `head_dim`: channels of the kernel.
+void set_tile(UnfusedParams& params, Side side, int head_dim) {
   BoxesParams& b = params.boxes;
   const Int3 octets = choose_octets(b.problem, side);
   params.octets_y = FastDiv(octets.y), params.octets_x = FastDiv(octets.x);
   params.num_pairs = int(octets.volume() / 2);
   b.side = side, b.tile = {octets.z, octets.y, 8 * octets.x};
   set_items(b);
+  params.chunk_keys = chunk_keys(b.problem, side, b.tile, head_dim);
   params.staged = side == Side::queries && params.slots <= kMostStagedSlots && params.slots == params.window_slots;
 }
 
@@ -104,21 +124,21 @@ size_t workspace_bytes(const Problem& p, const Plan&, int) {
 bool fits(const Problem& p, const Product& t) {
   for (const TensorView* view : {&t.weights, &t.queries, &t.keys, &t.extra})
     for (int a = 0; *view && a < 3; ++a)
-      if (std::abs(double(view->strides[1 + a])) * p.axes[a].dilation >= double(kMostItems)) return false;
+      if (std::abs(double(view->strides[1 + a])) * p.axes[a].dilation >= double(kMostInt)) return false;
   return true;
 }
 
 void scores(const Problem& p, const Product& t, const Plan& plan, const Executor& executor, void* workspace) {
   if (!fits(p, t)) return cuda_reference::kBackend.unfused->scores(p, t, plan, executor, workspace);
   UnfusedParams params = params_of(p, t);
-  set_tile(params, Side::queries);
+  set_tile(params, Side::queries, bucket(t.dim));
   launch_scores(params, executor.stream);
 }
 
 void weigh_keys(const Problem& p, const Product& t, const Plan& plan, const Executor& executor, void* workspace) {
   if (!fits(p, t)) return cuda_reference::kBackend.unfused->weigh_keys(p, t, plan, executor, workspace);
   UnfusedParams params = params_of(p, t);
-  set_tile(params, Side::queries);
+  set_tile(params, Side::queries, std::min(bucket(t.dim), 64));
   launch_weigh(params, executor.stream);
 }
 
@@ -127,7 +147,7 @@ void weigh_queries(const Problem& p, const Product& t, const Plan& plan, const E
   UnfusedParams params = params_of(p, t);
   for (const Side side : {Side::keys, Side::extra_keys}) {
     if (side == Side::keys ? !t.keys || !p.has_window() : !t.extra || p.extra_keys == 0) continue;
-    set_tile(params, side);
+    set_tile(params, side, std::min(bucket(t.dim), 64));
     launch_weigh(params, executor.stream);
   }
 }

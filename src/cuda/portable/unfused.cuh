@@ -7,64 +7,17 @@
 
 namespace natten::cuda_portable {
 
-/// The two octets of a warp: rows g and g + 8 of its fragments.
-struct Octets {
-  Int3 first[2];   // of each octet, relative to the tile's origin; of one that exists
-  int count[2];    // rows of the octet that exist; no second one without a first
-  Int3 at[2];      // this lane's row of each, a position in the group; of one that exists
-  bool exists[2];  // does it?
-
-  __device__ __forceinline__ Octets(const UnfusedParams& p, const Item& item, int pair) {
-    const int g = threadIdx.x % 32 / 4;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      int y = 2 * pair + i, x = p.octets_y.split(y);
-      const int z = p.octets_x.split(x);
-      const int left = item.extent.x - item.origin.x - 8 * x;
-      const bool inside = item.origin.z + z < item.extent.z && item.origin.y + y < item.extent.y;
-      count[i] = inside ? detail::max(detail::min(8, left), 0) : 0;
-      first[i] = count[i] > 0 || i == 0 ? Int3{z, y, 8 * x} : first[0];
-      exists[i] = g < count[i];
-      const Int3 row = sum(item.origin, Int3{first[i].z, first[i].y, first[i].x + g});
-      at[i] = {detail::min(row.z, item.extent.z - 1), detail::min(row.y, item.extent.y - 1),
-               detail::min(row.x, item.extent.x - 1)};
-    }
-  }
-};
-
 /// The box of positions that a tile sees, and how many of its columns and rows (z and y flat) come at a time.
 struct Field {
   Int3 begin, size;
   int columns, rows;
 
   __device__ __forceinline__ Field(Int3 from, Int3 extent, int keys)
-      : begin(from), size(extent), columns(detail::min((extent.x + 7) & ~7, kMostColumns)), rows(keys / columns) {}
+      : begin(from),
+        size(extent),
+        columns(detail::max(detail::min((extent.x + 7) & ~7, kMostColumns), 8)),
+        rows(keys / columns) {}
   __device__ bool is_one_chunk() const { return size.x <= columns && size.z * size.y <= rows; }
-};
-
-/// What is seen of a field by a warp, relative to the box.
-struct Sight {
-  Span z[2], y[2], x[2];         // of this lane's row of each octet; z and y: of the whole octet
-  Span rows_z, rows_y, columns;  // of all rows
-
-  /// `spans`: by fill_spans.
-  __device__ __forceinline__ Sight(Int3 tile, const Octets& rows, const Span* spans, Int3 begin) {
-    const Span *of_z = spans, *of_y = of_z + tile.z, *of_x = of_y + tile.y;
-    const auto relative = [](Span s, int origin) { return Span{s.begin - origin, s.end - origin}; };
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      z[i] = relative(of_z[rows.first[i].z], begin.z), y[i] = relative(of_y[rows.first[i].y], begin.y);
-      x[i] = relative(of_x[rows.first[i].x + threadIdx.x % 32 / 4], begin.x);
-    }
-    // Begins and ends of spans never decrease along an axis; a second octet is further only along one of them.
-    rows_z = {z[0].begin, z[1].end}, rows_y = {y[0].begin, y[1].end};
-    columns = {of_x[rows.first[0].x].begin - begin.x, of_x[rows.first[1].x + 7].end - begin.x};
-  }
-  /// Everybody sees everything: additional keys, or their queries.
-  __device__ explicit Sight(Int3 all) : rows_z{0, all.z}, rows_y{0, all.y}, columns{0, all.x} {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) z[i] = rows_z, y[i] = rows_y, x[i] = columns;
-  }
 };
 
 /// Rows of the field in shared memory, from `first_row` on, their columns `begin` .. `end`.
@@ -88,23 +41,87 @@ struct Tokens {
   }
 };
 
+/// Up to 8 neighbours along the last axis: rows of the tile that see the same planes and rows of the field.
+template <class T>
+struct Octet {
+  T* row;      // first token of the tile's side
+  T* weights;  // its slots, if that is the side of queries
+  Int3 at;     // its position in the group; where there is none, one that exists
+  int count;   // tokens that exist; an even octet without tokens is followed by another
+  int first_span;
+  Span z, y;  // seen of the field
+};
+
 template <class T>
 struct Block {
   Item item;
   Tokens<T> queries, keys, extra, weights;  // of the item's head or, in `queries` and `weights`, the first of its heads
   Field field;                              // of the grid
+  Octet<T> octets[kMostOctets];
+
+  /// The tensor whose rows are the tile's.
+  __device__ __forceinline__ const Tokens<T>& side(Side side) const {
+    return side == Side::queries ? queries : side == Side::keys ? keys : extra;
+  }
 };
 
-/// Shared memory: keys, spans, Block, slots of each warp.
-template <int kHeadDim>
-struct ChunkMap {
-  static constexpr int kKeys = chunk_keys(kHeadDim), kKeyBytes = kHeadDim * 2;
-  static constexpr int kMostSpans = 2 + 8 * kMostOctets;           // z, y and x of a tile
-  static constexpr uint32_t kSpans = (kKeys + kStep) * kKeyBytes;  // a step may read that far past a row's end
-  static constexpr uint32_t kBlock = kSpans + kMostSpans * sizeof(Span);
-  static constexpr uint32_t kStaging = (kBlock + sizeof(Block<bf16>) + 15) / 16 * 16;
+/// The two octets of a warp: rows g and g + 8 of its fragments.
+template <class T>
+struct Octets {
+  const Octet<T>* of;
+  int count[2];
+  int in_octet[2];  // of this lane's row; one that exists
+  bool exists[2];   // does it?
 
-  static size_t bytes(const UnfusedParams& p) { return kStaging + size_t(kThreads / 32) * p.staged_bytes(); }
+  __device__ __forceinline__ Octets(const Block<T>& block, int pair) : of(block.octets + 2 * pair) {
+    const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      count[i] = of[i].count, exists[i] = g < count[i];
+      in_octet[i] = detail::min(g, detail::max(count[i] - 1, 0));
+    }
+  }
+  __device__ __forceinline__ Int3 at(int i) const { return {of[i].at.z, of[i].at.y, of[i].at.x + in_octet[i]}; }
+  __device__ __forceinline__ T* row(int i, int stride) const { return of[i].row + int64_t{in_octet[i]} * stride; }
+};
+
+/// What is seen of a field by a warp, relative to it.
+struct Sight {
+  Span z[2], y[2], x[2];         // of this lane's row of each octet; z and y: of the whole octet
+  Span rows_z, rows_y, columns;  // of all rows
+
+  /// `spans`: by fill_spans.
+  template <class T>
+  __device__ __forceinline__ Sight(const Octets<T>& rows, const Span* spans, int first_column) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Span of_lane = spans[rows.of[i].first_span + int(threadIdx.x % 32 / 4)];
+      z[i] = rows.of[i].z, y[i] = rows.of[i].y;
+      x[i] = {of_lane.begin - first_column, of_lane.end - first_column};
+    }
+    // Begins and ends of spans never decrease along an axis; a second octet is further only along one of them.
+    rows_z = {z[0].begin, z[1].end}, rows_y = {y[0].begin, y[1].end};
+    columns = {spans[rows.of[0].first_span].begin - first_column, spans[rows.of[1].first_span + 7].end - first_column};
+  }
+  /// Everybody sees everything: additional keys, or their queries.
+  __device__ explicit Sight(Int3 all) : rows_z{0, all.z}, rows_y{0, all.y}, columns{0, all.x} {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) z[i] = rows_z, y[i] = rows_y, x[i] = columns;
+  }
+};
+
+/// Shared memory: Block, spans, keys, slots of each warp.
+template <class T, int kHeadDim>
+struct Map {
+  static constexpr int kKeyBytes = kHeadDim * 2, kMostSpans = 2 + 8 * kMostOctets;  // spans: z, y and x of a tile
+  static constexpr uint32_t kSpans = (sizeof(Block<T>) + 15) / 16 * 16;
+  static constexpr uint32_t kKeys = (kSpans + kMostSpans * sizeof(Span) + 127) / 128 * 128;
+
+  /// A step may read that far past a row's end.
+  NATTEN_HD static uint32_t slots(const UnfusedParams& p, int warp) {
+    return kKeys + (p.chunk_keys + kStep) * kKeyBytes + warp * p.staged_bytes();
+  }
+  static size_t bytes(const UnfusedParams& p) { return slots(p, kThreads / 32); }
 };
 
 template <class T>
@@ -115,16 +132,31 @@ __device__ __forceinline__ Tokens<T> tokens(const UnfusedParams& p, const Rows& 
   return {from.base, int(from.z), int(from.y), int(from.x), from.dim, from.vector};
 }
 
-template <class T, int kHeadDim>
-__device__ __forceinline__ Block<T>& block_of(unsigned char* smem) {
-  return *reinterpret_cast<Block<T>*>(smem + ChunkMap<kHeadDim>::kBlock);
+template <class T>
+__device__ __forceinline__ void fill_octet(Octet<T>& octet, const UnfusedParams& p, const Block<T>& block,
+                                           const Span* spans, int number) {
+  const Item& item = block.item;
+  const Int3 extent = item.extent, tile = p.boxes.tile;
+  Int3 first;
+  for (bool exists = false; !exists; number &= ~1) {  // a second octet that does not exist repeats the first one
+    int y = number, x = p.octets_y.split(y);
+    const int z = p.octets_x.split(x);
+    first = {z, y, 8 * x};
+    const Int3 left{extent.z - item.origin.z - z, extent.y - item.origin.y - y, extent.x - item.origin.x - first.x};
+    octet.count = left.z > 0 && left.y > 0 ? detail::max(detail::min(left.x, 8), 0) : 0;
+    exists = octet.count > 0 || number % 2 == 0;
+  }
+  const Int3 at = sum(item.origin, first), begin = block.field.begin;
+  octet.at = {detail::min(at.z, extent.z - 1), detail::min(at.y, extent.y - 1), detail::min(at.x, extent.x - 1)};
+  octet.row = block.side(p.boxes.side).at(octet.at), octet.weights = block.weights.at(octet.at);
+  const Span z = spans[first.z], y = spans[tile.z + first.y];
+  octet.z = {z.begin - begin.z, z.end - begin.z}, octet.y = {y.begin - begin.y, y.end - begin.y};
+  octet.first_span = tile.z + tile.y + first.x;
 }
 
 /// Fills spans and Block, by one warp: so they cost the others neither instructions nor registers.
-template <class T, int kHeadDim>
-__device__ __forceinline__ void begin_block(const UnfusedParams& p, unsigned char* smem) {
-  Block<T>& block = block_of<T, kHeadDim>(smem);
-  Span* spans = reinterpret_cast<Span*>(smem + ChunkMap<kHeadDim>::kSpans);
+template <class T>
+__device__ __forceinline__ void begin_block(const UnfusedParams& p, Block<T>& block, Span* spans) {
   const int lane = threadIdx.x;
   if (lane < 32) {
     const BoxesParams& b = p.boxes;
@@ -139,12 +171,14 @@ __device__ __forceinline__ void begin_block(const UnfusedParams& p, unsigned cha
       const Int3 begin{of_z[0].begin, of_y[0].begin, of_x[0].begin};
       const Int3 size{of_z[b.tile.z - 1].end - begin.z, of_y[b.tile.y - 1].end - begin.y,
                       of_x[b.tile.x - 1].end - begin.x};
-      block.item = item, block.field = Field(begin, size, ChunkMap<kHeadDim>::kKeys);
+      block.item = item, block.field = Field(begin, size, p.chunk_keys);
     }
     if (lane == 1) block.queries = tokens<T>(p, b.q, item, head, plain);
     if (lane == 2) block.keys = tokens<T>(p, b.k, item, head_kv, false);
     if (lane == 3) block.extra = tokens<T>(p, b.extra_k, item, head_kv, true);
     if (lane == 4) block.weights = tokens<T>(p, Rows{p.weights, p.slots, false}, item, head, plain);
+    __syncwarp();
+    if (lane < 2 * p.num_pairs) fill_octet(block.octets[lane], p, block, spans, lane);
   }
   __syncthreads();
 }
@@ -183,7 +217,8 @@ __device__ __forceinline__ void load_chunk(uint32_t to, const Tokens<T>& from, c
       at += of_lane;
 #pragma unroll 1
       for (int column = first; column < c.pitch; column += kColumns) {
-        ptx::cp_async_16(key_to + swizzled_piece(column), column < existing ? at : from.base, column < existing);
+        // NOTE: with head_dim 32 the permutation is the same in all columns of a lane.
+        ptx::cp_async_16(key_to + swizzled_piece(kHeadDim == 32 ? first : column), at, column < existing);
         at += step, key_to += kColumns * kKeyBytes;
       }
     });
@@ -219,8 +254,7 @@ __device__ __forceinline__ void walk_rows(const Sight& sight, const Field& f, co
     if (begin >= end) continue;
     int from[2], count[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      from[i] = sight.y[i].begin, count[i] = sight.z[i].contains(z) ? sight.y[i].size() : 0;
+    for (int i = 0; i < 2; ++i) from[i] = sight.y[i].begin, count[i] = sight.z[i].contains(z) ? sight.y[i].size() : 0;
     uint32_t address = columns + (before + begin) * row_bytes;
     body.start(z, begin);
 #pragma unroll 1
@@ -277,11 +311,12 @@ struct Slots {
   int pitch;           // of rows in the tensor
   int slots, count[2];
 
-  __device__ __forceinline__ Slots(const UnfusedParams& p, const Block<T>& block, const Octets& rows, uint32_t shared)
+  __device__ __forceinline__ Slots(const UnfusedParams& p, const Block<T>& block, const Octets<T>& rows,
+                                   uint32_t shared)
       : pitch(block.weights.x), slots(p.slots) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      octet[i] = block.weights.at(sum(block.item.origin, rows.first[i]));
+      octet[i] = rows.of[i].weights;
       // Rows that follow each other are copied as one, in pieces that are aligned on both sides.
       const uint32_t skew = pitch == slots ? uint32_t(reinterpret_cast<uintptr_t>(octet[i])) & 14 : 0;
       staged[i] = shared + i * p.octet_bytes() + skew;
@@ -314,7 +349,8 @@ struct Slots {
 #pragma unroll 1
         for (int row = 0; row < rows; ++row)
 #pragma unroll 1
-          for (int n = lane; n < slots; n += 32) element(tensor + int64_t{row} * pitch + n, shared + (row * slots + n) * 2);
+          for (int n = lane; n < slots; n += 32)
+            element(tensor + int64_t{row} * pitch + n, shared + (row * slots + n) * 2);
         continue;
       }
       const int head = detail::min(-int(shared / 2) & 7, all), tail = (all - head) & 7;

@@ -33,8 +33,8 @@ struct BiasQuery {
 
 /// Adds one slot of 32 queries, of which `count` exist; each lane holds a query and has a slot.
 template <class T>
-__device__ __forceinline__ void add_slots(const T* weights, const BiasQuery& mine, int count, Int3 slot, int slot_number,
-                                          int entry, float* table) {
+__device__ __forceinline__ void add_slots(const T* weights, const BiasQuery& mine, int count, Int3 slot,
+                                          int slot_number, int entry, float* table) {
   constexpr int kBatch = 8;  // loads in flight
 #pragma unroll 1
   for (int first = 0; first < count; first += kBatch) {

@@ -12,27 +12,27 @@ struct Scores {
   static constexpr bool kClearBehind = false;
 
   const UnfusedParams& p;
-  const Octets& rows;
+  const Octets<T>& rows;
   uint32_t query[kHeadDim / 16][4];  // A fragments
   Sight sight;
-  uint32_t staged[2];        // slot of the box's first position, of this lane's rows
-  T* in_place[2];            // the same in the tensor
-  const T* bias = nullptr;   // entry of equal positions; null if there is none
+  uint32_t staged[2];            // slot of the box's first position, of this lane's rows
+  T* in_place[2];                // the same in the tensor
+  const T* bias = nullptr;       // entry of equal positions; null if there is none
   int entry_of_box[2] = {0, 0};  // from there on
-  uint32_t lane_key;   // offset of the step's first key
-  uint32_t sees[2];    // see column_bits
-  int column;          // this lane's first
-  uint32_t to[2];      // of the row at hand: `staged` and what follows, moved to this lane's first column
+  uint32_t lane_key;             // offset of the step's first key
+  uint32_t sees[2];              // see column_bits
+  int column;                    // this lane's first
+  uint32_t to[2];                // of the row at hand: `staged` and what follows, moved to this lane's first column
   int64_t slot;
   int entry[2] = {0, 0};
 
-  __device__ __forceinline__ Scores(const UnfusedParams& params, const Tokens<T>& from, const Octets& octets)
+  __device__ __forceinline__ Scores(const UnfusedParams& params, const Tokens<T>& from, const Octets<T>& octets)
       : p(params), rows(octets), sight(Int3{0, 0, 0}) {
     const int t = threadIdx.x % 4;
     uint4 words[2][kWords];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const T* row = from.at(rows.at[i]);
+      const T* row = rows.row(i, from.x);
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
         const int first = (t + 4 * w) * 8;
@@ -47,8 +47,7 @@ struct Scores {
   __device__ __forceinline__ void set_bias(const BiasTable<T>& table, Int3 begin) {
     bias = table.table;
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      entry_of_box[i] = int(uint32_t(table.term(begin)) - uint32_t(table.term(rows.at[i])));
+    for (int i = 0; i < 2; ++i) entry_of_box[i] = int(uint32_t(table.term(begin)) - uint32_t(table.term(rows.at(i))));
   }
 
   __device__ __forceinline__ void columns(int first, int end, int in_chunk) {
@@ -133,18 +132,19 @@ __device__ __forceinline__ void fill_unused(const UnfusedParams& p, const Slots<
 template <class T, int kHeadDim, bool kStaged>
 __device__ __forceinline__ void write_scores(const UnfusedParams& p, const Block<T>& block, int pair,
                                              unsigned char* smem) {
-  using Map = ChunkMap<kHeadDim>;
+  using Layout = Map<T, kHeadDim>;
   const int extra_keys = kStaged ? 0 : p.boxes.problem.extra_keys;
-  const uint32_t shared = ptx::shared_address(smem);
-  const Octets rows(p, block.item, pair);
+  const uint32_t shared = ptx::shared_address(smem), keys = shared + Layout::kKeys;
+  const Octets<T> rows(block, pair);
+  if (kStaged && rows.count[0] == 0) return;
   Scores<T, kHeadDim, kStaged> scores(p, block.queries, rows);
-  const Slots<T> slots(p, block, rows, shared + Map::kStaging + threadIdx.x / 32 * p.staged_bytes());
+  const Slots<T> slots(p, block, rows, shared + Layout::slots(p, threadIdx.x / 32));
   if (p.has_unused) fill_unused<T, kStaged>(p, slots);
 #pragma unroll 1
   for (int extra = kStaged || p.window_slots > 0 ? 0 : 1; extra < (extra_keys > 0 ? 2 : 1); ++extra) {
-    const Field field = extra ? Field({0, 0, 0}, {1, 1, extra_keys}, Map::kKeys) : block.field;
-    scores.sight = extra ? Sight(field.size)
-                         : Sight(p.boxes.tile, rows, reinterpret_cast<Span*>(smem + Map::kSpans), field.begin);
+    const Field field = extra ? Field({0, 0, 0}, {1, 1, extra_keys}, p.chunk_keys) : block.field;
+    scores.sight =
+        extra ? Sight(field.size) : Sight(rows, reinterpret_cast<Span*>(smem + Layout::kSpans), field.begin.x);
     scores.bias = nullptr;
     if (p.boxes.problem.has_bias && !extra) scores.set_bias(BiasTable<T>(p.boxes, block.item.head), field.begin);
 #pragma unroll
@@ -153,9 +153,9 @@ __device__ __forceinline__ void write_scores(const UnfusedParams& p, const Block
       scores.in_place[i] = slots.octet[i] + slots.in_octet(p, scores.sight, i, extra ? p.window_slots : 0);
     }
     if (kStaged)
-      walk_chunk<kHeadDim>(scores.sight, field, whole(field), shared, scores);
+      walk_chunk<kHeadDim>(scores.sight, field, whole(field), keys, scores);
     else
-      walk<T, kHeadDim>(field, scores.sight, extra ? block.extra : block.keys, shared, 0, rows.count[0] > 0, scores);
+      walk<T, kHeadDim>(field, scores.sight, extra ? block.extra : block.keys, keys, 0, rows.count[0] > 0, scores);
     if (kStaged) break;
   }
   __syncwarp();
@@ -167,12 +167,13 @@ template <class T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, kHeadDim == 128 ? 4 : 5)
     scores_kernel(const __grid_constant__ UnfusedParams p) {
   extern __shared__ __align__(128) unsigned char smem[];
-  begin_block<T, kHeadDim>(p, smem);
-  const Block<T>& block = block_of<T, kHeadDim>(smem);
+  using Layout = Map<T, kHeadDim>;
+  Block<T>& block = *reinterpret_cast<Block<T>*>(smem);
+  begin_block(p, block, reinterpret_cast<Span*>(smem + Layout::kSpans));
   if (block.item.empty) return;
   const bool at_once = p.staged && block.field.is_one_chunk();
   if (at_once) {
-    load_chunk<T, kHeadDim>(ptx::shared_address(smem), block.keys, block.field, whole(block.field), 0);
+    load_chunk<T, kHeadDim>(ptx::shared_address(smem) + Layout::kKeys, block.keys, block.field, whole(block.field), 0);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     __syncthreads();
@@ -187,8 +188,8 @@ __global__ void __launch_bounds__(kThreads, kHeadDim == 128 ? 4 : 5)
 
 void launch_scores(const UnfusedParams& params, void* stream) {
   dispatch_unfused<128>(params.boxes.problem.dtype, params.boxes.q.dim, [&](auto element, auto head_dim) {
-    launch(scores_kernel<decltype(element), head_dim>, params.boxes.num_items, ChunkMap<head_dim>::bytes(params), stream,
-           params);
+    launch(scores_kernel<decltype(element), head_dim>, params.boxes.num_items,
+           Map<decltype(element), head_dim>::bytes(params), stream, params);
   });
 }
 
