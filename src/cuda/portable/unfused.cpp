@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kMostHeadDim = 128;
 constexpr int64_t kMostInt = (int64_t{1} << 31) - 1;
-constexpr int64_t kMostTokens = int64_t{1} << 30;       // positions and slots are ints
+constexpr int64_t kMostTokens = int64_t{1} << 30;  // positions and slots are ints
 constexpr int64_t kMostSlots = int64_t{1} << 24;
 constexpr int64_t kMostBiasEntries = int64_t{1} << 26;
 constexpr int kMostSharedTable = 2048;  // entries of a warp's table of bias sums in shared memory

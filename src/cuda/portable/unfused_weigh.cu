@@ -83,7 +83,8 @@ struct Weigh {
   int first_column = 0;
   int64_t column[4] = {};   // what the lane's columns add to an address
   uint32_t at[2] = {0, 0};  // of the row at hand: `staged`, moved to this lane's first column
-  int z = 0, y = 0;         // of the row at hand
+  int64_t of_plane = 0;     // what its plane adds to an address
+  int y = 0;
 
   __device__ __forceinline__ void columns(int first, int end, int in_chunk) {
     const int lane = threadIdx.x % 32, key = in_chunk + lane % 16;
@@ -99,15 +100,16 @@ struct Weigh {
   }
 
   __device__ __forceinline__ void start(int first_z, int first_y) {
-    z = first_z, y = first_y;
-    const int slot = z * p.slot_strides[0] + y * p.slot_strides[1] + first_column;
+    y = first_y;
+    if (!kStaged) of_plane = pass->of_axis(0, first_z);
+    const int slot = first_z * p.slot_strides[0] + y * p.slot_strides[1] + first_column;
     at[0] = staged[0] + slot * 2, at[1] = staged[1] + slot * 2;
   }
 
   __device__ __forceinline__ void row(uint32_t address, const bool (&sees_row)[2]) {
     uint32_t weight[4], value[kHeadDim / 16][4];
     load_transposed<kHeadDim>(value, address + lane_key);
-    const int64_t of_row = kStaged ? 0 : pass->of_axis(0, z) + pass->of_axis(1, y);
+    const int64_t of_row = kStaged ? 0 : of_plane + pass->of_axis(1, y);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const uint32_t seen = sees_row[i] ? sees[i] : 0;
