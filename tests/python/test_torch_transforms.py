@@ -197,9 +197,7 @@ def test_derivatives_of_a_module(rank):
         return functional_call(module, dict(zip(names, parameters)), (x,))
 
     # NOTE: cuBLAS, which runs the linear layers, does not repeat its bits.
-    assert torch.autograd.gradcheck(
-        run, (x, *leaves), check_forward_ad=True, check_batched_grad=True, nondet_tol=1e-12
-    )
+    assert torch.autograd.gradcheck(run, (x, *leaves), check_forward_ad=True, check_batched_grad=True, nondet_tol=1e-12)
     assert torch.autograd.gradgradcheck(run, (x, *leaves), nondet_tol=1e-12)
 
 
