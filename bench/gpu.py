@@ -133,6 +133,46 @@ def measure(workload, seconds):
     yield row_of(workload, True, ms)
 
 
+def measure_unfused(workload, seconds):
+    """QK and AV, and both beside the fused forward pass: in its time, half as much again, and the attention tensor
+    written and read."""
+    window, stride, dilation, causal, scale, _ = workload.parameters
+    geometry = (window, stride, dilation, causal)
+    sets = [[x.movedim(-2, 1).contiguous() for x in workload.inputs(seed)[:3]] for seed in range(workload.num_sets())]
+
+    def qk(q, k, plan=""):
+        return (torch.ops.natten.na_qk(q, k, None, None, *geometry, scale, -math.inf, True, plan),)
+
+    def av(attn, v, plan=""):
+        return (torch.ops.natten.na_av(attn, v, None, *geometry, True, plan),)
+
+    def first(x):
+        return x[:1, :1].contiguous()
+
+    times = {}
+    times["qk"], results, _ = replay_ms(lambda s: qk(*s[:2]), sets, seconds)
+    q, k, v = (first(x) for x in sets[0])
+    check([first(results[0][0])], qk(q, k, "cuda-reference"), workload.dtype, f"{workload.name} qk")
+    pairs = [(attn.softmax(-1), s[2]) for (attn,), s in zip(results, sets, strict=True)]
+    del results
+    times["av"], results, _ = replay_ms(lambda s: av(*s), pairs, seconds)
+    exact = av(first(pairs[0][0]), v, "cuda-reference")
+    check([first(results[0][0])], exact, workload.dtype, f"{workload.name} av")
+    times["qk+av"] = times["qk"] + times["av"]
+    attn_bytes, row_bytes = (x.numel() * x.element_size() for x in (pairs[0][0], sets[0][0]))
+    del pairs, results
+    fused, *_ = replay_ms(lambda s: workload.forward(*s), [workload.inputs(s)[:3] + [None] for s in range(2)], seconds)
+    for name, ms in times.items():
+        floor = (2 if name == "qk+av" else 1) * (2 * row_bytes + attn_bytes) / COPY_BYTES_PER_MS
+        row = {"workload": workload.name, "pass": name, "dtype": workload.row.get("dtype", "bf16"), "ms": round(ms, 4)}
+        row |= {"floor_ms": round(floor, 4), "times_floor": round(ms / floor, 2)}
+        if name == "qk+av":
+            transfers = 2 * attn_bytes / COPY_BYTES_PER_MS
+            row |= {"fused_fwd_ms": round(fused, 4), "attn_transfers_ms": round(transfers, 4)}
+            row["must_ms"] = round(1.5 * workload.row["must"][0] + transfers, 4)
+        yield row
+
+
 def row_of(workload, backward, ms):
     which = "bwd" if backward else "fwd"
     floor = workload.bytes(backward) / COPY_BYTES_PER_MS
@@ -229,6 +269,10 @@ def main():
                 print(json.dumps(row), flush=True)
             if not workload.row.get("large"):
                 report["rows"][-1]["peak_memory"] = peak_memory(workload)
+            if workload.row.get("unfused"):
+                for row in measure_unfused(workload, 0.1 if args.quick else 0.3):
+                    report["rows"].append(row)
+                    print(json.dumps(row), flush=True)
         except (AssertionError, RuntimeError) as error:
             report["errors"].append(f"{workload.name}: {error}")
             print("ERROR", report["errors"][-1], flush=True)

@@ -29,7 +29,6 @@ WHY = {
     ("cuda-reference", "scores"): ("unfused", DTYPE_ONLY),
     ("cuda-reference", "weigh_keys"): ("unfused", DTYPE_ONLY),
     ("cuda-reference", "weigh_queries"): ("unfused", DTYPE_ONLY),
-    ("cuda-reference", "weigh_all_queries"): ("unfused", DTYPE_ONLY + "; the keys are additional ones"),
     ("cuda-reference", "sum_bias"): ("unfused", DTYPE_ONLY),
     ("portable", "forward"): ("fwd", BUCKETS),
     ("portable", "dq"): ("bwd", BUCKETS),
@@ -40,6 +39,9 @@ WHY = {
     ("portable", "window_dkdv"): ("bwd", WINDOW),
     ("portable", "row_stats"): ("bwd", ANY_DTYPE),
     ("portable", "reduce_bias"): ("bwd", ANY_DTYPE),
+    ("portable", "scores"): ("unfused", "element type, and channels of 16 queries in registers"),
+    ("portable", "weigh"): ("unfused", "element type, and accumulators of 32 or 64 channels; queries' and keys' side"),
+    ("portable", "sum_bias"): ("unfused", DTYPE_ONLY),
 }
 KERNEL = re.compile(r"natten::cuda_(\w+)::(?:\(anonymous namespace\)::)?(\w+)_kernel(?:<([^<>]*)>)?\(")
 ENGINES = {"reference": "cuda-reference"}

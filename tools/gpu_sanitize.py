@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Runs every plan of a few problems forward and backward on the GPU while compute-sanitizer watches.
+"""Runs every plan of a few problems, and the unfused operators, on the GPU while compute-sanitizer watches.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tools/gpu_sanitize.py
 """
@@ -24,6 +24,11 @@ PROBLEMS = [
 ]
 
 
+def call_unfused(case, inputs):
+    out, lse, _ = cases.call(case, inputs, return_lse=True, return_weights=True)
+    return out, lse
+
+
 def main() -> None:
     runs = 0
     torch.set_default_device("cuda")
@@ -34,6 +39,9 @@ def main() -> None:
                 results = cases.results(case, inputs, plan)
                 assert all(x.isfinite().all() for x in results.values()), f"{case} {dtype} {plan}"
                 runs += 1
+            results = cases.results_of(lambda x, case=case: call_unfused(case, x), inputs)
+            assert all(x.isfinite().all() for x in results.values()), f"{case} {dtype} unfused"
+            runs += 1
     torch.cuda.synchronize()
     print(f"{runs} runs")
 

@@ -2,6 +2,7 @@
 // Choosing plans: something runs every valid problem, names are stable and can be forced, and a refusal says why.
 // Covers T-65 (backend fall-through) on the CPU.
 #include "natten/plan.h"
+#include "natten/unfused.h"
 
 #include <gtest/gtest.h>
 
@@ -184,6 +185,18 @@ TEST(Executor, RunsEveryTaskOnce) {
       EXPECT_EQ(runs, std::vector<int>(size_t(count), 1)) << executor.num_threads << " threads";
     }
   }
+}
+
+TEST(UnfusedPlans, AreForcedByName) {
+  natten::Problem p;
+  p.axes[2] = {20, 5, 1, 1, false};
+  const auto name = [&](const char* wanted) {
+    return natten::to_string(natten::choose_unfused_plan(p, natten::DeviceKind::cpu, wanted));
+  };
+  EXPECT_EQ(name("reference"), "reference");
+  EXPECT_EQ(name("cpu/loops").substr(0, 10), "cpu/loops-");
+  EXPECT_EQ(name("").substr(0, 12), "cpu/sliding-");
+  EXPECT_THROW(name("nothing"), natten::Error);
 }
 
 }  // namespace

@@ -11,12 +11,7 @@ namespace natten::cuda_portable {
 namespace {
 
 void list_plans(const Problem& p, Pass pass, PlanList& list) {
-  const cuda::DeviceInfo* device = cuda::current_device();
-  if (!device)
-    return list.rejections.push_back(
-        {kBackend.name, "there is no GPU that CUDA 13 can use: none, or a driver before 580"});
-  if (device->major < 8)
-    return list.rejections.push_back({kBackend.name, "it needs a GPU of compute capability 8.0 or newer"});
+  if (const char* reason = why_not_this_gpu()) return list.rejections.push_back({kBackend.name, reason});
   if (const char* reason = why_not_window(p, pass))
     list.rejections.push_back({"portable/window", reason});
   else
@@ -52,8 +47,15 @@ void backward(const Problem& p, const BackwardArgs& args, const Plan& plan, cons
 
 }  // namespace
 
+const char* why_not_this_gpu() {
+  const cuda::DeviceInfo* device = cuda::current_device();
+  if (!device) return "there is no GPU that CUDA 13 can use: none, or a driver before 580";
+  return device->major < 8 ? "it needs a GPU of compute capability 8.0 or newer" : nullptr;
+}
+
 constexpr PackedKernels kPacked{samples_workspace, run_samples, run_samples};
 
-const Backend kBackend{"portable", DeviceKind::cuda, list_plans, workspace_bytes, forward, backward, nullptr, &kPacked};
+const Backend kBackend{"portable", DeviceKind::cuda, list_plans, workspace_bytes,
+                       forward,    backward,         &kUnfused,  &kPacked};
 
 }  // namespace natten::cuda_portable

@@ -22,7 +22,9 @@ constexpr int kWarps = kThreads / 32;
 
 int block_n(const Problem& p) { return block_columns(size_of(p.dtype), bucket(p)); }
 
-Rows rows(const Problem& p, const TensorView& view, int dim, bool of_keys = false) {
+}  // namespace
+
+Rows rows(const Problem& p, const TensorView& view, int dim, bool of_keys) {
   const int chunk = 16 / size_of(p.dtype);
   bool vector = dim % chunk == 0 && reinterpret_cast<uintptr_t>(view.ptr) % 16 == 0;
   for (int i = 0; i < 5; ++i) vector = vector && view.strides[i] % chunk == 0;
@@ -35,12 +37,39 @@ int64_t bias_entries(const Problem& p) {
   return entries;
 }
 
-// Positions that a tile of `tile` along an axis sees, in the middle of the longest group.
-int64_t seen(const Axis& group, Side side, int tile) {
+void set_items(BoxesParams& params) {
+  const Problem& p = params.problem;
+  const Int3 tile = params.tile;
+  const int heads = params.side == Side::queries ? p.heads : p.heads_kv;
+  const auto tiles = [](const Axis& a, int extent, int tile) {
+    return detail::ceil_div(detail::ceil_div(extent, a.dilation), tile);
+  };
+  params.num_items = 0;
+  for (int i = 0; i < params.num_samples; ++i) {
+    BoxesSample& s = params.samples[i];
+    s.first_item = params.num_items;
+    s.num_tiles = {tiles(p.axes[0], s.extent.z, tile.z), tiles(p.axes[1], s.extent.y, tile.y),
+                   tiles(p.axes[2], s.extent.x, tile.x)};
+    Int3 groups{std::min(p.axes[0].dilation, s.extent.z), std::min(p.axes[1].dilation, s.extent.y),
+                std::min(p.axes[2].dilation, s.extent.x)};
+    if (params.side == Side::extra_keys)
+      s.num_tiles = {1, 1, detail::ceil_div(s.extra_keys, tile.x)}, groups = {1, 1, 1};
+    params.num_items += int(s.num_tiles.volume() * groups.volume() * p.batch * heads);
+    if (params.num_samples > 1) continue;
+    const Int3 t = s.num_tiles;
+    params.by_tiles[0] = FastDiv(t.z), params.by_tiles[1] = FastDiv(t.y), params.by_tiles[2] = FastDiv(t.x);
+    params.by_groups[0] = FastDiv(groups.z), params.by_groups[1] = FastDiv(groups.y);
+    params.by_groups[2] = FastDiv(groups.x), params.by_heads = FastDiv(heads);
+  }
+}
+
+int64_t positions_seen(const Axis& group, Side side, int tile) {
   const int first = group.extent / 2 / tile * tile, last = std::min(first + tile, group.extent) - 1;
   if (side == Side::queries) return key_span(group, last).end - key_span(group, first).begin;
   return query_span(group, last).end - query_span(group, first).begin;
 }
+
+namespace {
 
 // The shape of a tile that makes the least work; kBlockM rows of it are worked on whether they exist or not.
 Int3 choose_tile(const Problem& p, Side side) {
@@ -53,7 +82,8 @@ Int3 choose_tile(const Problem& p, Side side) {
       const Int3 t{std::min(tz, z.extent), std::min(ty, y.extent), std::min(kBlockM / tz / ty, x.extent)};
       const double tiles =
           double(detail::ceil_div(z.extent, t.z)) * detail::ceil_div(y.extent, t.y) * detail::ceil_div(x.extent, t.x);
-      const double columns = double(seen(z, side, t.z)) * double(seen(y, side, t.y)) * double(seen(x, side, t.x));
+      const double columns = double(positions_seen(z, side, t.z)) * double(positions_seen(y, side, t.y)) *
+                             double(positions_seen(x, side, t.x));
       const double cost = tiles * (n + std::ceil(columns / n) * n);  // a block's worth for what surrounds the blocks
       if (cost < least) least = cost, best = t;
     }
@@ -63,24 +93,9 @@ Int3 choose_tile(const Problem& p, Side side) {
 void set_tile(BoxesParams& params, Side side) {
   const Problem& p = params.problem;
   params.side = side;
-  const bool extra = side == Side::extra_keys;
-  params.tile = extra ? Int3{1, 1, std::min(p.extra_keys, kBlockM)} : choose_tile(p, side);
+  params.tile = side == Side::extra_keys ? Int3{1, 1, std::min(p.extra_keys, kBlockM)} : choose_tile(p, side);
   params.tile_x = FastDiv(params.tile.x), params.tile_y = FastDiv(params.tile.y);
-  params.num_items = 0;
-  for (int i = 0; i < params.num_samples; ++i) {
-    BoxesSample& s = params.samples[i];
-    const int64_t planes = p.batch * (side == Side::queries ? p.heads : p.heads_kv);
-    s.first_item = params.num_items;
-    const auto tiles = [&](const Axis& a, int extent, int tile) {
-      return detail::ceil_div(detail::ceil_div(extent, a.dilation), tile);
-    };
-    s.num_tiles = {tiles(p.axes[0], s.extent.z, params.tile.z), tiles(p.axes[1], s.extent.y, params.tile.y),
-                   tiles(p.axes[2], s.extent.x, params.tile.x)};
-    int64_t groups = int64_t{std::min(p.axes[0].dilation, s.extent.z)} * std::min(p.axes[1].dilation, s.extent.y) *
-                     std::min(p.axes[2].dilation, s.extent.x);
-    if (extra) s.num_tiles = {1, 1, detail::ceil_div(s.extra_keys, params.tile.x)}, groups = 1;
-    params.num_items += int(s.num_tiles.volume() * groups * planes);
-  }
+  set_items(params);
 }
 
 BoxesParams forward_params(const Problem& p, const ForwardArgs& args, std::span<const BoxesSample> samples, bool tf32) {
@@ -117,6 +132,8 @@ void run_row_stats(BoxesParams params, int64_t tokens, void* stream) {
   launch_row_stats(params, stream);
 }
 
+}  // namespace
+
 int bias_pieces(const Problem& p) {
   if (!p.has_bias) return 0;
   const cuda::DeviceInfo* device = cuda::current_device();
@@ -124,8 +141,6 @@ int bias_pieces(const Problem& p) {
   const int64_t fit = kMostBiasSums / (p.heads * kWarps * bias_entries(p));
   return int(std::clamp<int64_t>(std::min(blocks / p.heads + 1, fit), 1, 1024));
 }
-
-}  // namespace
 
 Int3 boxes_tile(const Problem& p) { return choose_tile(p, Side::queries); }
 

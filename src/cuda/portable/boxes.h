@@ -61,6 +61,7 @@ struct BoxesParams {
   Side side = Side::queries;
   Int3 tile;  ///< shape of a tile; volume at most kBlockM
   FastDiv tile_x, tile_y;
+  FastDiv by_tiles[3], by_groups[3], by_heads;  ///< of the number of an item of an only sample; per axis
   int num_items = 0;
   float scale_log2 = 0;        ///< scale * log2(e)
   bool tf32 = false;           ///< floats only: one product in tf32 in place of three
@@ -71,6 +72,15 @@ struct BoxesParams {
   BoxesSample samples[kMostSamples];  ///< by first_item
 };
 static_assert(sizeof(BoxesParams) <= 4096);
+
+// What the hosts of both kinds of kernels on tiles ask: these, and those of the unfused operators.
+Rows rows(const Problem& p, const TensorView& view, int dim, bool of_keys = false);
+/// The numbers of items and what takes them apart, from samples, side and tile.
+void set_items(BoxesParams& params);
+/// Positions that a tile of `tile` along an axis sees, in the middle of the longest group.
+int64_t positions_seen(const Axis& group, Side side, int tile);
+int64_t bias_entries(const Problem& p);  ///< of a head; 0 without a bias
+int bias_pieces(const Problem& p);       ///< of the work on a head, each with tables of sums of its own
 
 // Launches on `stream`; each file of that name instantiates its kernels.
 void launch_forward(const BoxesParams& params, void* stream);

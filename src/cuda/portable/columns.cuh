@@ -93,15 +93,19 @@ __device__ __forceinline__ void load_columns(uint32_t to_a, uint32_t to_b, const
   }
 }
 
-/// Spans of every coordinate of the tile: z first, then y, then x.
+/// Spans of every coordinate of the tile: z first, then y, then x. By `threads` threads, this one being number `first`.
+__device__ __forceinline__ void fill_spans(Span* spans, const BoxesParams& p, const Item& item, int first,
+                                           int threads) {
+  for (int coord = first; coord < p.tile.z + p.tile.y + p.tile.x; coord += threads) {
+    const int axis = coord < p.tile.z ? 0 : coord < p.tile.z + p.tile.y ? 1 : 2;
+    const int index = coord - (axis == 0 ? 0 : axis == 1 ? p.tile.z : p.tile.z + p.tile.y);
+    const Axis group = axis == 0 ? item.group[0] : axis == 1 ? item.group[1] : item.group[2];
+    const int at = detail::min(component(item.origin, axis) + index, group.extent - 1);
+    spans[coord] = span_of(p.side, group, at);
+  }
+}
 __device__ __forceinline__ void fill_spans(Span* spans, const BoxesParams& p, const Item& item) {
-  const int coord = threadIdx.x;
-  if (coord >= p.tile.z + p.tile.y + p.tile.x) return;
-  const int axis = coord < p.tile.z ? 0 : coord < p.tile.z + p.tile.y ? 1 : 2;
-  const int index = coord - (axis == 0 ? 0 : axis == 1 ? p.tile.z : p.tile.z + p.tile.y);
-  const Axis group = axis == 0 ? item.group[0] : axis == 1 ? item.group[1] : item.group[2];
-  const int at = detail::min(component(item.origin, axis) + index, group.extent - 1);
-  spans[coord] = span_of(p.side, group, at);
+  fill_spans(spans, p, item, threadIdx.x, kThreads);
 }
 
 /// The bit table of one block. `everything`: each row sees each column that exists.

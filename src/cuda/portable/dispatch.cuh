@@ -25,4 +25,16 @@ void dispatch_kernel(const BoxesParams& p, F&& f) {
   return p.problem.dtype == DType::bf16 ? by_dim(bf16{}) : by_dim(f16{});
 }
 
+/// Calls f(element, head dim bucket up to kMost) for kernels of the unfused operators.
+template <int kMost, class F>
+void dispatch_unfused(DType dtype, int dim, F&& f) {
+  const auto by_dim = [&](auto element) {
+    if (dim <= 32) return f(element, std::integral_constant<int, 32>{});
+    if (dim <= 64 || kMost == 64) return f(element, std::integral_constant<int, 64>{});
+    f(element, std::integral_constant<int, kMost>{});
+  };
+  if (dtype == DType::bf16) return by_dim(bf16{});
+  by_dim(f16{});
+}
+
 }  // namespace natten::cuda_portable

@@ -3,11 +3,11 @@
 // workspace it takes, and the two passes. All memory is on the device.
 #pragma once
 #include <cstddef>
-#include <string_view>
 #include <span>
+#include <string_view>
 
+#include "core/backend.h"
 #include "cuda/portable/boxes.h"
-#include "natten/packed.h"
 
 namespace natten::cuda_portable {
 
@@ -39,5 +39,9 @@ Int3 window_tile(const Problem& problem, Pass pass);
 bool window_forward(const Problem& problem, const ForwardArgs& args, void* stream);
 bool window_backward(const Problem& problem, const BackwardArgs& args, void* stream, void* workspace);
 size_t window_workspace(const Problem& problem, Pass pass);
+
+/// Null, or why this engine cannot run anything here.
+const char* why_not_this_gpu();
+extern const UnfusedKernels kUnfused;
 
 }  // namespace natten::cuda_portable

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
 // Loads of key rows (or query rows) of a unit's box to shared memory, for the "window" kernels.
 //
-// A thread keeps one chunk of 16 bytes of one column (two columns, if there are 64 channels) and walks down the rows, so
-// that a load costs a minimum and a multiplication. Columns and rows past the box repeat its last ones: always finite
-// where the tensor is, and no predicates.
+// A thread keeps one chunk of 16 bytes of one column (two columns, if there are 64 channels) and walks down the rows,
+// so that a load costs a minimum and a multiplication. Columns and rows past the box repeat its last ones: always
+// finite where the tensor is, and no predicates.
 #pragma once
 #include "cuda/portable/window.cuh"
 
@@ -26,8 +26,9 @@ class RowLoader {
   RowLoader() = default;
   /// `a`, `b`: of the unit's sample and head. `part`: of a row, where one pass of the threads is not enough for it.
   template <class T>
-  __device__ __forceinline__ RowLoader(const WindowParams& p, const Place& at, const Unit& u, const Plane& plane_a, const T* a,
-                                       const Plane& plane_b, const T* b, uint32_t to_a, uint32_t to_b, int part = 0) {
+  __device__ __forceinline__ RowLoader(const WindowParams& p, const Place& at, const Unit& u, const Plane& plane_a,
+                                       const T* a, const Plane& plane_b, const T* b, uint32_t to_a, uint32_t to_b,
+                                       int part = 0) {
     int index = at.thread;
     next_ = p.row_parts > 1 ? 0 : p.by_row_threads.split(index);
     index += part * at.threads;
@@ -74,8 +75,8 @@ class RowLoader {
 
 /// A unit's whole box.
 template <int kHeadDim, class T>
-__device__ __forceinline__ void load_box(const WindowParams& p, const Place& at, const Unit& u, const Plane& plane_a, const T* a,
-                                         const Plane& plane_b, const T* b, uint32_t to_a, uint32_t to_b) {
+__device__ __forceinline__ void load_box(const WindowParams& p, const Place& at, const Unit& u, const Plane& plane_a,
+                                         const T* a, const Plane& plane_b, const T* b, uint32_t to_a, uint32_t to_b) {
 #pragma unroll 1
   for (int part = 0; part < p.row_parts; ++part) {
     RowLoader<kHeadDim, false> loader(p, at, u, plane_a, a, plane_b, b, to_a, to_b, part);

@@ -51,7 +51,8 @@ bool is_whole(const Problem& p, int axis) {
 }
 
 template <class Sample>
-Group<Sample>::Group(const Sample& sample) : first(&sample), problem(sample.problem), args(sample.args), tf32(is_tf32(sample)) {
+Group<Sample>::Group(const Sample& sample)
+    : first(&sample), problem(sample.problem), args(sample.args), tf32(is_tf32(sample)) {
   for (int a = 0; a < 3; ++a) whole[a] = is_whole(problem, a);
   samples.push_back(only_sample(problem));
 }

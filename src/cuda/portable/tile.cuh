@@ -55,30 +55,38 @@ __device__ __forceinline__ int sample_of(const BoxesParams& p, int index) {
   return sample;
 }
 
-__device__ inline Item decode_item(const BoxesParams& p, int index) {
+/// `group_axis` without its division where there is one group.
+__device__ __forceinline__ Axis group_of(const Axis& a, int residue) {
+  return a.dilation == 1 ? group_axis({a.extent, a.window, a.stride, 1, a.causal}, 0) : group_axis(a, residue);
+}
+
+__device__ __forceinline__ Item decode_item(const BoxesParams& p, int index) {
   Item item;
-  item.sample = p.num_samples > 1 ? sample_of(p, index) : 0;
+  const bool packed = p.num_samples > 1;
+  item.sample = packed ? sample_of(p, index) : 0;
   const BoxesSample& sample = p.samples[item.sample];
-  uint32_t n = uint32_t(index - sample.first_item);
-  const auto digit = [&](int base) {
-    const uint32_t q = n / uint32_t(base), r = n - q * uint32_t(base);
-    n = q;
-    return int(r);
+  index -= sample.first_item;
+  const auto digit = [&](int base, const FastDiv& by_base) {  // `by_base` is of an only sample
+    const int q = packed ? int(uint32_t(index) / uint32_t(base)) : by_base.quotient(index), r = index - q * base;
+    index = q;
+    return r;
   };
   Int3 tile;
-  tile.x = digit(sample.num_tiles.x), tile.y = digit(sample.num_tiles.y), tile.z = digit(sample.num_tiles.z);
+  tile.x = digit(sample.num_tiles.x, p.by_tiles[2]);
+  tile.y = digit(sample.num_tiles.y, p.by_tiles[1]);
+  tile.z = digit(sample.num_tiles.z, p.by_tiles[0]);
   Axis axes[3] = {p.problem.axes[0], p.problem.axes[1], p.problem.axes[2]};
   axes[0].extent = sample.extent.z, axes[1].extent = sample.extent.y, axes[2].extent = sample.extent.x;
   const bool grouped = p.side != Side::extra_keys;
-  item.residue.x = digit(grouped ? num_groups(axes[2]) : 1);
-  item.residue.y = digit(grouped ? num_groups(axes[1]) : 1);
-  item.residue.z = digit(grouped ? num_groups(axes[0]) : 1);
-  item.head = digit(p.side == Side::queries ? p.problem.heads : p.problem.heads_kv);
-  item.batch = n;
+  item.residue.x = digit(grouped ? num_groups(axes[2]) : 1, p.by_groups[2]);
+  item.residue.y = digit(grouped ? num_groups(axes[1]) : 1, p.by_groups[1]);
+  item.residue.z = digit(grouped ? num_groups(axes[0]) : 1, p.by_groups[0]);
+  item.head = digit(p.side == Side::queries ? p.problem.heads : p.problem.heads_kv, p.by_heads);
+  item.batch = index;
   item.origin = {tile.z * p.tile.z, tile.y * p.tile.y, tile.x * p.tile.x};
-  item.group[0] = group_axis(axes[0], item.residue.z);
-  item.group[1] = group_axis(axes[1], item.residue.y);
-  item.group[2] = group_axis(axes[2], item.residue.x);
+  item.group[0] = group_of(axes[0], item.residue.z);
+  item.group[1] = group_of(axes[1], item.residue.y);
+  item.group[2] = group_of(axes[2], item.residue.x);
   item.extent = {item.group[0].extent, item.group[1].extent, item.group[2].extent};
   if (!grouped) item.extent = {1, 1, sample.extra_keys};
   item.empty = item.origin.z >= item.extent.z || item.origin.y >= item.extent.y || item.origin.x >= item.extent.x;

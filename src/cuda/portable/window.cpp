@@ -105,7 +105,11 @@ void set_units(const Problem& p, const Axis& y, const Axis& x, WindowParams& par
 }
 
 Plane plane(const TensorView& t) {
-  return {t.ptr, uint32_t(t.strides[0]), uint32_t(t.strides[1]), uint32_t(t.strides[4]), int(t.strides[2]),
+  return {t.ptr,
+          uint32_t(t.strides[0]),
+          uint32_t(t.strides[1]),
+          uint32_t(t.strides[4]),
+          int(t.strides[2]),
           int(t.strides[3])};
 }
 
@@ -113,7 +117,8 @@ Plane plane(const TensorView& t) {
 bool fits(const Problem& p, const TensorView& t, int64_t multiple) {
   if (!t) return true;
   bool good = reinterpret_cast<uintptr_t>(t.ptr) % (multiple * 2) == 0;
-  for (int i = 0; i < 5; ++i) good = good && (t.strides[i] >= 0 && t.strides[i] < kMostStride && t.strides[i] % multiple == 0);
+  for (int i = 0; i < 5; ++i)
+    good = good && (t.strides[i] >= 0 && t.strides[i] < kMostStride && t.strides[i] % multiple == 0);
   return good && t.strides[2] * p.axes[1].extent + t.strides[3] * p.axes[2].extent < kMostPlane;
 }
 
@@ -197,7 +202,6 @@ WindowParams dq_params(const Problem& p, const BackwardArgs& args, void* stats, 
   return params;
 }
 
-int64_t bias_entries(const Problem& p) { return (2 * int64_t{p.axes[1].window} - 1) * (2 * p.axes[2].window - 1); }
 size_t stats_bytes(const Problem& p) { return size_t(p.batch) * p.tokens() * p.heads * 16; }
 
 bool fits_shared(const Problem& p, Pass pass) {

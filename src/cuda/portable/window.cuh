@@ -181,11 +181,11 @@ __device__ __forceinline__ void multiply_keys(float (&d)[4], const uint32_t (&a)
   }
 }
 
-/// This lane's key: the chunks t and t + 4 of a row.
+/// This lane's key: the chunks t, t + 4, ... of a row.
 template <int kHeadDim>
 __device__ __forceinline__ void load_key(uint4 (&b)[kHeadDim / 32], uint32_t address) {
-  b[0] = ptx::load_shared_128(address);
-  if (kHeadDim == 64) b[kHeadDim / 32 - 1] = ptx::load_shared_128(address ^ 64);
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 32; ++i) b[i] = ptx::load_shared_128(address ^ (i << 6));
 }
 
 /// B fragments of 16 keys for a product over keys: all channels.
@@ -251,8 +251,15 @@ __device__ __forceinline__ uint32_t without_nonfinite(uint32_t word) {
          (is_nonfinite_half<T>(word >> 16) ? 0 : word & 0xffff0000);
 }
 
+/// Of pairs of channels 2t, 2t + 1 of two octets (a, b), the four channels from `stored_channel` on.
+__device__ __forceinline__ void pairs_to_fours(uint32_t& a, uint32_t& b, int t) {
+  const bool odd = t % 2;
+  const uint32_t other = __shfl_xor_sync(~0u, odd ? a : b, 1);
+  a = odd ? other : a, b = odd ? b : other;
+}
+
 /// The first channel that a lane stores.
-__device__ __forceinline__ int stored_channel(const Place& at) { return at.t % 2 * 8 + at.t / 2 * 4; }
+__device__ __forceinline__ int stored_channel(int t) { return t % 2 * 8 + t / 2 * 4; }
 
 /// acc * factor of rows 0 and 1 (if they exist) of a tile to memory; `to` is this lane's column of row 0, from
 /// `stored_channel` on.
@@ -261,18 +268,13 @@ template <class T, int kHeadDim>
 __device__ __forceinline__ void store_tile(T* to, int row_stride, const Place& at, const float (&acc)[kHeadDim / 8][4],
                                            float factor0, float factor1, bool has_column, bool has_second) {
   T* second = ptx::opaque(to + row_stride);
-  const auto exchange = [&](uint32_t& a, uint32_t& b) {
-    const bool odd = at.t % 2;
-    const uint32_t other = __shfl_xor_sync(~0u, odd ? a : b, 1);
-    a = odd ? other : a, b = odd ? b : other;
-  };
 #pragma unroll
   for (int n = 0; n < kHeadDim / 8; n += 2) {
     uint32_t a = ptx::pack<T>(acc[n][0] * factor0, acc[n][1] * factor0);
     uint32_t b = ptx::pack<T>(acc[n + 1][0] * factor0, acc[n + 1][1] * factor0);
     uint32_t c = ptx::pack<T>(acc[n][2] * factor1, acc[n][3] * factor1);
     uint32_t d = ptx::pack<T>(acc[n + 1][2] * factor1, acc[n + 1][3] * factor1);
-    exchange(a, b), exchange(c, d);
+    pairs_to_fours(a, b, at.t), pairs_to_fours(c, d, at.t);
     if (has_column) ptx::store_global_64(to + n * 8, a, b);
     if (has_column && has_second) ptx::store_global_64(second + n * 8, c, d);
   }

@@ -17,8 +17,8 @@
 
 namespace natten::cuda_portable {
 
-/// Tables of one head, by all threads of a unit; zeros if there is no bias. (dy, dx) is key - query or, if the tile is of keys,
-/// query - key.
+/// Tables of one head, by all threads of a unit; zeros if there is no bias. (dy, dx) is key - query or, if the tile is
+/// of keys, query - key.
 template <class T, bool kOfKeys>
 __device__ __forceinline__ void fill_bias(const Place& at, uint32_t to, const WindowParams& p, int head) {
   const WindowBias& table = p.bias_table;

@@ -224,8 +224,8 @@ struct WindowDKDVBlock {
     tile.to_dout = shared_dout - shared_q;
     tile.row_bytes = p.tiling.pitch * kRowBytes, tile.row_stats = p.tiling.pitch * 16;
     const Column<const T> k(p, p.k, batch, z, unit, x, at.t * 8), v(p, p.v, batch, z, unit, x, at.t * 8);
-    const Column<T> dk(p, p.dk, batch, z, unit, x, stored_channel(at));
-    const Column<T> dv(p, p.dv, batch, z, unit, x, stored_channel(at));
+    const Column<T> dk(p, p.dk, batch, z, unit, x, stored_channel(at.t));
+    const Column<T> dv(p, p.dv, batch, z, unit, x, stored_channel(at.t));
     tile.bias_table = bias;
     for (int y = at.row_pair * 2; y < p.tiling.tile_y; y += step) {
       const bool exists = at.x < unit.nx && y < unit.ny, has_second = y + 1 < unit.ny;

@@ -196,7 +196,7 @@ struct WindowDQBlock {
                           {p, p.out, batch, z, unit, x, at.t * 8},
                           {p, p.lse, batch, z, unit, x},
                           {p, p.dlse, batch, z, unit, x}};
-    const Column<T> dq(p, p.dq, batch, z, unit, x, stored_channel(at));
+    const Column<T> dq(p, p.dq, batch, z, unit, x, stored_channel(at.t));
     const Column<uint4> stats(p, p.stats, batch, z, unit, x);
     for (int y = at.row_pair * 2; y < unit.ny; y += step) {
       const bool has_second = y + 1 < unit.ny;

@@ -157,7 +157,8 @@ struct WindowForward {
   }
 
   __device__ __forceinline__ bool is_good(int row) const {
-    const bool in_range = kMaximumFirst ? row_sum[row] == row_sum[row] : (row_sum[row] > 1e-20f) & (row_sum[row] < 1e20f);
+    const bool in_range =
+        kMaximumFirst ? row_sum[row] == row_sum[row] : (row_sum[row] > 1e-20f) & (row_sum[row] < 1e20f);
     return in_range & (finite_witness(acc_o, row) == 0);
   }
 
@@ -245,7 +246,7 @@ struct WindowForwardBlock {
     const bool has_octet = at.x < unit.nx, has_column = at.x + at.g < unit.nx;
     const int x = unit.x0 + detail::min(at.x + at.g, unit.nx - 1);
     const Column<const T> q(p, p.q, batch, z, unit, x, at.t * 8);
-    const Column<T> out(p, p.out, batch, z, unit, x, stored_channel(at));
+    const Column<T> out(p, p.out, batch, z, unit, x, stored_channel(at.t));
     const Column<float> lse(p, p.lse, batch, z, unit, x);
     uint4 next[2][kWords];
     const auto load_queries = [&](int y) {

@@ -22,6 +22,12 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
                : "r"(address));
 }
 
+__device__ __forceinline__ uint32_t load_shared_16(uint32_t address) {
+  uint16_t r;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(r) : "r"(address));
+  return r;
+}
+
 __device__ __forceinline__ uint32_t load_shared_32(uint32_t address) {
   uint32_t r;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(address));
@@ -38,6 +44,10 @@ __device__ __forceinline__ uint4 load_shared_128(uint32_t address) {
   uint4 r;
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(address));
   return r;
+}
+
+__device__ __forceinline__ void store_shared_16(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(uint16_t(value)) : "memory");
 }
 
 __device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t value) {

@@ -122,31 +122,22 @@ __device__ void weigh_queries_of(const Problem& p, const Product& t, const Place
   }
 }
 
+/// `additional`: the keys are the additional ones.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    weigh_queries_kernel(const __grid_constant__ Problem p, const __grid_constant__ Product t, int64_t count) {
+    weigh_queries_kernel(const __grid_constant__ Problem p, const __grid_constant__ Product t, int64_t count,
+                         bool additional) {
   for (int64_t i = blockIdx.x * int64_t{kWarps} + threadIdx.x / kLanes; i < count; i += int64_t{gridDim.x} * kWarps) {
-    const Place key(p, i, p.heads_kv);
-    for (int first = 0; first < t.dim; first += kLanes * kChannels) {
-      RowSum sum;
-      weigh_queries_of<T>(p, t, key, query_box(p, key.token), -1, first, sum);
-      sum.store(t.scale, row_of<T>(t.keys, key.batch, key.token, key.head), first, t.dim);
-    }
-  }
-}
-
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    weigh_all_queries_kernel(const __grid_constant__ Problem p, const __grid_constant__ Product t, int64_t count) {
-  for (int64_t i = blockIdx.x * int64_t{kWarps} + threadIdx.x / kLanes; i < count; i += int64_t{gridDim.x} * kWarps) {
-    const int64_t row = i / p.heads_kv;
+    const int64_t row = i / p.heads_kv, keys = additional ? p.extra_keys : p.tokens();
     Place key;
-    key.batch = row / p.extra_keys, key.head = int(i - row * p.heads_kv);
-    const int extra = int(row - key.batch * p.extra_keys);
+    key.batch = row / keys, key.head = int(i - row * p.heads_kv);
+    const int64_t number = row - key.batch * keys;
+    key.token = additional ? Int3{0, 0, int(number)} : whole_grid(p).at(number);
+    const Box queries = additional ? whole_grid(p) : query_box(p, key.token);
     for (int first = 0; first < t.dim; first += kLanes * kChannels) {
       RowSum sum;
-      weigh_queries_of<T>(p, t, key, whole_grid(p), extra, first, sum);
-      sum.store(t.scale, row_of<T>(t.extra, key.batch, {0, 0, extra}, key.head), first, t.dim);
+      weigh_queries_of<T>(p, t, key, queries, additional ? int(number) : -1, first, sum);
+      sum.store(t.scale, row_of<T>(additional ? t.extra : t.keys, key.batch, key.token, key.head), first, t.dim);
     }
   }
 }
@@ -195,8 +186,8 @@ void weigh_queries(const Problem& p, const Product& t, const Plan&, const Execut
   const int64_t extra = t.extra ? p.batch * p.extra_keys * p.heads_kv : 0;
   dispatch(p.dtype, [&](auto element) {
     using T = decltype(element);
-    start(weigh_queries_kernel<T>, p, t, executor, keys, kWarps, keys);
-    start(weigh_all_queries_kernel<T>, p, t, executor, extra, kWarps, extra);
+    start(weigh_queries_kernel<T>, p, t, executor, keys, kWarps, keys, false);
+    start(weigh_queries_kernel<T>, p, t, executor, extra, kWarps, extra, true);
   });
 }
 

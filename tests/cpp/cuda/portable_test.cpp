@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The kernels for small windows on the emulated GPU: problems that reach them, and values that are not finite; and what
-// float32 asks of tensor cores (T-54). The tests of the CPU engines run on the same GPU and reach the others.
+// The kernels for small windows on the emulated GPU: problems that reach them, and values that are not finite, those in
+// the unfused operators too; and what float32 asks of tensor cores (T-54). The tests of the CPU engines run on the same
+// GPU and reach the others.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -10,7 +11,7 @@
 #include <vector>
 
 #include "cases.h"
-#include "natten/attention.h"
+#include "natten/unfused.h"
 #include "operands.h"
 
 namespace {
@@ -105,6 +106,54 @@ TEST(SmallWindow, ContainsNaNAndInfinityInKeysAndValues) {
         for (const double bad : {kNaN, kInfinity, -kInfinity}) check_containment(operands, plan, operands.v, bad);
       }
     }
+}
+
+/// The unfused products that sum: a NaN or infinity in a value reaches the outputs of exactly the queries that see it,
+/// one in dout the gradients of exactly the values that its query sees. Slots in shared memory, and in place.
+void check_unfused_containment(const Case& c, DType dtype, bool of_values, double bad) {
+  SCOPED_TRACE(c.name + " " + test::to_string(dtype) + (of_values ? " values" : " dout"));
+  Operands o(c, dtype, kSeed);
+  const natten::Problem& p = o.problem;
+  const natten::Int3 g = p.grid();
+  test::Tensor attn(dtype, {p.batch, g.z, g.y, g.x, p.heads, natten::num_slots(p)}, test::Layout::contiguous);
+  int n = 0;
+  attn.fill([&] { return test::round_to(dtype, std::sin(++n * 0.7)); });
+  const Plan plan = natten::choose_unfused_plan(p, DeviceKind::cuda, "portable");
+  test::Tensor &poisoned = of_values ? o.v : o.dout, &result = of_values ? o.out : o.dv;
+  const auto run = [&] {
+    const natten::AvArgs av{attn.view(), o.v.view(), {}, o.out.view()};
+    const natten::AvBackwardArgs backward{o.dout.view(), attn.view(), o.v.view(), {}, {}, o.dv.view(), {}};
+    if (of_values)
+      natten::av(p, av, plan, natten::serial_executor(), nullptr);
+    else
+      natten::av_backward(p, backward, plan, natten::serial_executor(), nullptr);
+    return result.values();
+  };
+  const std::vector<double> before = run();
+  const test::Shape where = {0, 0, g.y / 2, g.x / 3, 0, 5};
+  poisoned.set(where, bad);
+  const std::vector<double> after = run();
+  const dense::Problem d = test::to_dense(p);
+  size_t i = 0;
+  result.for_each([&](const test::Shape& at) {
+    const test::Shape &query = of_values ? at : where, &key = of_values ? where : at;
+    bool reached = at[0] == where[0] && at[4] == where[4] && at[5] == where[5];
+    for (size_t a = 0; a < 3; ++a) reached = reached && dense::sees(d.axes[a], int(query[a + 1]), int(key[a + 1]));
+    EXPECT_EQ(std::isfinite(after[i]), !reached);
+    EXPECT_TRUE(reached || std::abs(before[i] - after[i]) <= 0.02 * (1 + std::abs(before[i])));
+    ++i;
+  });
+}
+
+TEST(PortableUnfused, ContainsNaNAndInfinity) {
+  for (const DType dtype : {DType::bf16, DType::f16})
+    for (const bool of_values : {true, false})
+      for (const double bad : {double(NAN), HUGE_VAL}) {
+        Case plane{.name = "plane", .axes = {natten::Axis{11, 5, 1, 1, true}, natten::Axis{19, 4, 1, 2, false}}};
+        Case line{.name = "line", .axes = {natten::Axis{300, 280, 1, 1, true}}};
+        plane.heads = 2, plane.head_dim = 32, line.head_dim = 16;
+        for (const Case& c : {plane, line}) check_unfused_containment(c, dtype, of_values, bad);
+      }
 }
 
 // ---- float32 ----

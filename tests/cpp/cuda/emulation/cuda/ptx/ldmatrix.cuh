@@ -35,9 +35,11 @@ T emulated_load(const void* p) {
   std::memcpy(&value, p, sizeof value);
   return value;
 }
+inline uint32_t load_shared_16(uint32_t address) { return emulated_load<uint16_t>(emulation::shared(address, 2)); }
 inline uint32_t load_shared_32(uint32_t address) { return emulated_load<uint32_t>(emulation::shared(address, 4)); }
 inline uint2 load_shared_64(uint32_t address) { return emulated_load<uint2>(emulation::shared(address, 8)); }
 inline uint4 load_shared_128(uint32_t address) { return emulated_load<uint4>(emulation::shared(address, 16)); }
+inline void store_shared_16(uint32_t address, uint32_t v) { std::memcpy(emulation::shared(address, 2), &v, 2); }
 inline void store_shared_32(uint32_t address, uint32_t v) { std::memcpy(emulation::shared(address, 4), &v, 4); }
 inline void store_shared_64(uint32_t address, uint32_t a, uint32_t b) {
   const uint32_t words[2] = {a, b};
