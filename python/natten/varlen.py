@@ -78,7 +78,7 @@ def _varlen(
     if any(g.padding for g in geometries):
         padded = [_padded_grid(*pair) for pair in zip(grids, geometries, strict=True)]
         tensors = [_mapped(x, grids, _pad_to(padded)) for x in tensors]
-    plan = "" if backend is None and plan is None else _tuning.plan_of(backend, plan, query.device)
+    plan = "" if backend is None and plan is None and not query.is_cuda else _tuning.plan_of(backend, plan, query)
     sizes = [n for grid in padded for n in grid]
     options = (sizes, None, None, window, *first.axes[1:], first.scale, first.may_be_oversize, plan)
     out, lse = run_op(na_varlen_fwd, (*tensors, rpb), options, backend)

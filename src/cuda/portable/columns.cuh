@@ -26,8 +26,7 @@ struct SharedMap {
   static constexpr uint32_t kBits = kSpans + kMaxCoords * sizeof(Span);
   static constexpr uint32_t kTerms = kBits + 2 * kMaxCoords * kWords * 4;
   static constexpr uint32_t kStats = kTerms + 2 * kBlockN * 4;
-  static constexpr uint32_t kRowTerms = kStats + 2 * kBlockN * sizeof(RowStats);
-  static constexpr uint32_t kBytes = kRowTerms + kBlockM * 4;
+  static constexpr uint32_t kBytes = kStats + 2 * kBlockN * sizeof(RowStats);
 
   __device__ static uint32_t tile(int i) { return i * kTileBytes; }
   __device__ static uint32_t columns(int stage, int tensor) { return kStages + (stage * 2 + tensor) * kColumnBytes; }

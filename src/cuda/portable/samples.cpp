@@ -14,12 +14,26 @@
 namespace natten::cuda_portable {
 namespace {
 
+constexpr int64_t kMostTokens = int64_t{1} << 24;  // of samples that share a launch: items are counted in 32 bits
+
 std::array<TensorView*, 3> of_queries(ForwardArgs& a) { return {&a.q, &a.out, &a.lse}; }
 std::array<TensorView*, 6> of_queries(BackwardArgs& a) { return {&a.q, &a.out, &a.lse, &a.dout, &a.dlse, &a.dq}; }
 constexpr unsigned kFloats = 1 << 2 | 1 << 4;  // lse and dlse
 std::array<TensorView*, 4> of_keys(ForwardArgs& a) { return {&a.k, &a.v, &a.extra_k, &a.extra_v}; }
 std::array<TensorView*, 8> of_keys(BackwardArgs& a) {
   return {&a.k, &a.v, &a.extra_k, &a.extra_v, &a.dk, &a.dv, &a.dextra_k, &a.dextra_v};
+}
+
+// How many tokens behind the group's view the sample's begins, if it is the same tensor with its grid row-major.
+std::optional<int64_t> place(const TensorView& g, const TensorView& s, int element_bytes, Int3 grid) {
+  for (int d : {0, 3, 4})
+    if (g.strides[d] != s.strides[d]) return std::nullopt;
+  const bool row_major = (grid.y == 1 || s.strides[2] == s.strides[3] * grid.x) &&
+                         (grid.z == 1 || s.strides[1] == s.strides[3] * grid.x * grid.y);
+  const int64_t bytes = s.strides[3] * element_bytes;
+  const int64_t apart = static_cast<char*>(s.ptr) - static_cast<char*>(g.ptr);
+  if (!row_major || bytes == 0 || apart % bytes != 0) return std::nullopt;
+  return apart / bytes;
 }
 
 /// Samples that share their launches, and what they have in common.
@@ -30,6 +44,8 @@ struct Group {
   decltype(Sample::args) args;  // of the first sample
   bool tf32;                    // of the plans
   bool whole[3];                // axes on which every window is all of its axis
+  bool first_is_row_major;
+  int64_t tokens;  // of all samples
   std::vector<BoxesSample> samples;
 
   explicit Group(const Sample& sample);
@@ -55,6 +71,12 @@ Group<Sample>::Group(const Sample& sample)
     : first(&sample), problem(sample.problem), args(sample.args), tf32(is_tf32(sample)) {
   for (int a = 0; a < 3; ++a) whole[a] = is_whole(problem, a);
   samples.push_back(only_sample(problem));
+  tokens = problem.tokens();
+  const Int3 grid = problem.grid();
+  const auto row_major = [&](const auto& views) {
+    return std::all_of(views.begin(), views.end(), [&](const TensorView* v) { return !*v || place(*v, *v, 1, grid); });
+  };
+  first_is_row_major = row_major(of_queries(args)) && row_major(of_keys(args));
 }
 
 // Whether the problems differ in sizes alone.
@@ -85,22 +107,10 @@ void Group<Sample>::widen(const Problem& p) {
   problem.extra_keys = extra;
 }
 
-// How many tokens behind the group's view the sample's begins, if it is the same tensor with its grid row-major.
-std::optional<int64_t> place(const TensorView& g, const TensorView& s, int element_bytes, Int3 grid) {
-  for (int d : {0, 3, 4})
-    if (g.strides[d] != s.strides[d]) return std::nullopt;
-  const bool row_major = (grid.y == 1 || s.strides[2] == s.strides[3] * grid.x) &&
-                         (grid.z == 1 || s.strides[1] == s.strides[3] * grid.x * grid.y);
-  const int64_t bytes = s.strides[3] * element_bytes;
-  const int64_t apart = static_cast<char*>(s.ptr) - static_cast<char*>(g.ptr);
-  if (!row_major || bytes == 0 || apart % bytes != 0) return std::nullopt;
-  return apart / bytes;
-}
-
 template <class Sample>
 bool Group<Sample>::join(Sample sample) {
   if (int(samples.size()) == kMostSamples || !agrees(sample.problem) || tf32 != is_tf32(sample)) return false;
-  if (args.bias.ptr != sample.args.bias.ptr) return false;
+  if (args.bias.ptr != sample.args.bias.ptr || tokens + sample.problem.tokens() > kMostTokens) return false;
   BoxesSample added = only_sample(sample.problem);
   const Int3 grid = added.extent;
   // Bit i of `floats`: view i has floats whatever the problem's type.
@@ -117,9 +127,10 @@ bool Group<Sample>::join(Sample sample) {
   };
   const auto query = places(of_queries(args), of_queries(sample.args), kFloats);
   const auto key = places(of_keys(args), of_keys(sample.args), 0);
-  if (!query || !key || *query < 0) return false;
+  if (!query || !key || *query < 0 || *query > kMostTokens || !first_is_row_major) return false;
   added.first_query = *query, added.first_key = *key;
   widen(sample.problem);
+  tokens += sample.problem.tokens();
   samples.push_back(added);
   return true;
 }

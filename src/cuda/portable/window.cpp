@@ -20,7 +20,6 @@ constexpr int kStepColumns = 16;         // of keys, that 8 queries see
 constexpr int64_t kMostPlane = 1 << 29;  // elements, so that offsets in bytes fit 32 bits
 constexpr int64_t kMostStride = int64_t{1} << 32;
 constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
-constexpr int kTailKeys = 16;
 constexpr int kMostSummed = 7;   // window of which a bias has a gradient: see LaneSums
 constexpr int kBlocksPerSm = 8;  // of dq where each has sums: few enough tables, even work
 
@@ -49,11 +48,16 @@ int seeing(const Axis& axis, int tile) {
 
 bool fits_groups(const Axis& y, const Axis& x) { return y.extent <= 16 && x.extent <= 16; }
 
+// A unit is a whole group. Few warps with many tiles each: what a warp does first is not small.
+void set_group_tiling(const Axis& y, const Axis& x, WindowTiling& t) {
+  t.tile_y = round_up(y.extent, 2), t.tile_x = round_up(x.extent, 8);
+  t.units = t.tile_x == 8 ? 2 : 1;
+  t.row_pairs = t.tile_x == 8 ? 1 : std::min(2, t.tile_y / 2);
+}
+
 void set_forward_tiling(const Problem& p, const Axis& y, const Axis& x, WindowTiling& t) {
   if (fits_groups(y, x)) {
-    t.tile_y = round_up(y.extent, 2), t.tile_x = round_up(x.extent, 8);
-    t.units = t.tile_x == 8 ? 2 : 1;
-    t.row_pairs = t.tile_x == 8 ? 1 : std::min(2, t.tile_y / 2);
+    set_group_tiling(y, x, t);
     t.rows = y.extent, t.pitch = t.tile_x;
     return;
   }
@@ -80,21 +84,17 @@ void set_backward_tiling(const Problem& p, const Axis& y, const Axis& x, bool of
     t.row_pairs = t.tile_y / 2;  // a tile for each warp
     return;
   }
-  if (!fits_groups(y, x)) return;
-  t.tile_y = round_up(y.extent, 2);
-  t.units = t.tile_x == 8 ? 2 : 1;
-  t.row_pairs = t.tile_x == 8 ? 1 : std::min(2, t.tile_y / 2);
+  if (fits_groups(y, x)) set_group_tiling(y, x, t);
 }
 
 void set_units(const Problem& p, const Axis& y, const Axis& x, WindowParams& params, int heads) {
   WindowTiling& t = params.tiling;
   t.tiles_y = detail::ceil_div(y.extent, t.tile_y), t.tiles_x = detail::ceil_div(x.extent, t.tile_x);
-  params.heads = heads;
   params.units_per_plane = heads * t.tiles_y * t.tiles_x * num_groups(p.axes[1]) * num_groups(p.axes[2]);
-  params.blocks_per_plane = detail::ceil_div(params.units_per_plane, t.units);
-  params.num_blocks = int64_t{params.blocks_per_plane} * p.batch * params.planes_z;
+  const int blocks_per_plane = detail::ceil_div(params.units_per_plane, t.units);
+  params.num_blocks = int64_t{blocks_per_plane} * p.batch * params.planes_z;
   params.grid = int(params.num_blocks);
-  params.by_blocks = FastDiv(params.blocks_per_plane), params.by_z = FastDiv(params.planes_z);
+  params.by_blocks = FastDiv(blocks_per_plane), params.by_z = FastDiv(params.planes_z);
   params.by_heads = FastDiv(heads), params.by_groups_x = FastDiv(num_groups(p.axes[2]));
   params.by_tiles_x = FastDiv(t.tiles_x), params.by_tiles_y = FastDiv(t.tiles_y);
   params.by_rows = FastDiv(t.rows);

@@ -11,8 +11,6 @@
 
 namespace natten::cuda_portable {
 
-constexpr int kTailKeys = 16;  // zeros behind the last row: a step may read that far past a row's end
-
 /// Chunks of 16 bytes are permuted so that neither ldmatrix (8 keys, one chunk) nor a 16-byte load (2 keys, 4 chunks)
 /// has a bank conflict. The pitch is a multiple of 8 keys, so the permutation does not depend on the row.
 template <int kHeadDim>

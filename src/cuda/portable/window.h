@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
 // What the host tells the "window" kernels: small windows on planes, close to the speed of memory.
 //
-// Source of the design and its measurements: docs/design/2026-11-24-cuda-portable.md. In short:   * A warp works on
-// 16 queries, 2 rows x 8 columns. Their windows touch at most 16 columns (two octets) of any key row,
-//     so a key row is one step of 16 keys and nothing is divided inside the loop.
+// Source of the design and its measurements: docs/design/2026-11-24-cuda-portable.md. In short:
+//
+//   * A warp works on 16 queries, 2 rows x 8 columns. Their windows touch at most 16 columns (two octets) of any key
+//     row, so a key row is one step of 16 keys and nothing is divided inside the loop.
 //   * The column mask depends on lane and octet only: two register quads (0 or -infinity) that are the *addend* of
 //     the first mma. The row mask touches the first and last rows only. Both come from tables of spans, so border,
 //     causality and stride cost nothing and need no code of their own.
@@ -17,6 +18,8 @@
 #include "natten/attention.h"
 
 namespace natten::cuda_portable {
+
+constexpr int kTailKeys = 16;  ///< zeros behind the last row: a step may read that far past a row's end
 
 /// A tensor by element strides, which fit 32 bits, as do offsets inside a plane (y and x are of tokens).
 struct Plane {
@@ -61,11 +64,11 @@ struct WindowShared {
 struct WindowParams {
   Axis y, x;
   int planes_z = 1;  ///< planes of a sample
-  int heads = 1, heads_per_kv = 1;
+  int heads_per_kv = 1;
   Plane q, k, v, out, dout, dq, dk, dv, lse, dlse;
   Plane stats;  ///< 16 bytes per query: -lse / scale and -delta, each in three elements (see dkdv)
   WindowTiling tiling;
-  int units_per_plane = 0, blocks_per_plane = 0;
+  int units_per_plane = 0;
   int64_t num_blocks = 0;
   int grid = 0;  ///< blocks that are launched: fewer than `num_blocks` if each does several (dq with a bias)
   Plane bias;    ///< [y, x, head]

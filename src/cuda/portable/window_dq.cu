@@ -140,9 +140,9 @@ struct WindowDQBlock {
   __device__ __forceinline__ BiasSums bias_sums() const {
     return BiasSums(p, bias + p.tiling.units * p.bias_table.bytes());
   }
-  /// The tables of the bias and of its gradient.
+  /// The tables of the bias and of its gradient, for all sets of units: the first of them may be empty.
   __device__ __forceinline__ void start_bias() const {
-    if (unit.ny > 0) fill_bias<T, false>(at, bias_of_unit(), p, unit.head);
+    fill_bias<T, false>(at, bias_of_unit(), p, unit.head);
     bias_sums().clear(at);
   }
 
@@ -221,12 +221,6 @@ struct WindowDQBlock {
         store(copy);
       }
     }
-  }
-
-  __device__ __forceinline__ void store(const Tile& tile, int y, int x, bool has_column, bool has_second) const {
-    if (!p.dq.ptr) return;
-    T* dq = plane_base<T>(p.dq, batch, z, unit.head) + unit.offset(p.dq, p, unit.y0 + y, x);
-    store_tile<T, kHeadDim>(dq, p.y.dilation * p.dq.y, at, tile.acc, p.scale, p.scale, has_column, has_second);
   }
 
   __device__ __forceinline__ void take(Tile& tile, const Loaded& l) const {

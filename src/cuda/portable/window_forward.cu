@@ -322,11 +322,11 @@ struct WindowForwardBlock {
   }
 };
 
-/// NOTE: a bias has instances of its own: in one kernel with the others it costs those a tenth, in registers that are
-/// spilled, where there are 64 channels.
+/// NOTE: a bias has instances of its own: in one kernel with the others it made those spill registers.
 template <class T, int kHeadDim, int kOctets, bool kRing, bool kBias>
-__global__ void __launch_bounds__(kRing || kOctets == 1 ? 128 : 256, (kRing || kOctets == 1 ? 4 : 2) - (kHeadDim == 64))
-    window_forward_kernel(const __grid_constant__ WindowParams p) {
+__global__ void __launch_bounds__(128, kHeadDim == 32 ? 4
+                                       : kRing        ? 3
+                                               : 2) window_forward_kernel(const __grid_constant__ WindowParams p) {
   extern __shared__ __align__(128) unsigned char smem[];
   WindowForwardBlock<T, kHeadDim, kOctets, kRing, kBias> block(p, ptx::shared_address(smem));
   if (kRing && block.unit.ny == 0) return;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Programmatic dependent launch: a kernel that was started as overlapping begins while the one before it in its stream
-// runs out of blocks. Nothing on GPUs before sm_90, where kernels do not overlap. No logic.
+// runs out of blocks. Nothing in code for GPUs before sm_90. No logic.
 #pragma once
 
 namespace natten::ptx {
