@@ -39,7 +39,7 @@ WHY = {
     ("portable", "forward"): ("fwd", BUCKETS),
     ("portable", "dq"): ("bwd", BUCKETS),
     ("portable", "dkdv"): ("bwd", BUCKETS),
-    ("portable", "window_forward"): ("fwd", WINDOW + "; 2 octets also with a ring of rows for large grids; with and without a bias"),
+    ("portable", "window_forward"): ("fwd", WINDOW + "; 2 octets also as a ring; with and without a bias"),
     ("portable", "window_dq"): ("bwd", WINDOW),
     ("portable", "window_dkdv"): ("bwd", WINDOW),
     ("portable", "row_stats"): ("bwd", ANY_DTYPE),

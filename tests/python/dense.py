@@ -37,19 +37,18 @@ def axis_table(extent: int, window: int, stride: int, dilation: int, causal: boo
     The offset counts positions in the group and keeps the window as given, so a bias table does not change its meaning
     when a window is cut.
     """
-    device = torch.get_default_device()
-    return tuple(table.to(device) for table in _axis_table(extent, window, stride, dilation, causal))
+    return tuple(torch.tensor(table) for table in _axis_table(extent, window, stride, dilation, causal))
 
 
-# NOTE: kept on the CPU: what is copied to a GPU inside a function transform belongs to that transform.
+# NOTE: keeps lists: a tensor that is made inside a function transform belongs to that transform.
 @lru_cache(maxsize=4096)
 def _axis_table(extent, window, stride, dilation, causal):
-    sees = torch.zeros(extent, extent, dtype=torch.bool, device="cpu")
-    offset = torch.zeros(extent, extent, dtype=torch.int64, device="cpu")
+    sees = [[False] * extent for _ in range(extent)]
+    offset = [[0] * extent for _ in range(extent)]
     for query in range(extent):
         for key in axis_keys(query, extent, window, stride, dilation, causal):
-            sees[query, key] = True
-            offset[query, key] = (key - query) // dilation + window - 1
+            sees[query][key] = True
+            offset[query][key] = (key - query) // dilation + window - 1
     return sees, offset
 
 
