@@ -30,7 +30,8 @@ if [[ $parts == *tests* ]]; then
   # NOTE: without test_aot_inductor: the loader of torch 2.11 crashes there, with a package of `x.sin() + 1` as well.
   # shellcheck disable=SC2086
   python3 -m pytest -q -rs -p no:cacheprovider "${parallel[@]}" --junitxml="$OUT/tests.xml" \
-    --deselect tests/python/test_torch_compile.py::test_aot_inductor ${PYTEST_ARGS:-} > "$OUT/tests.txt" 2>&1 || status=1
+    --deselect tests/python/test_torch_compile.py::test_aot_inductor ${PYTEST_ARGS:-} \
+    > "$OUT/tests.txt" 2>&1 || status=1
   grep -E '^(FAILED|ERROR|SKIPPED)' "$OUT/tests.txt" | head -60
   tail -3 "$OUT/tests.txt"
 fi
