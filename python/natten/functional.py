@@ -131,7 +131,7 @@ def neighborhood_attention_generic(query, key, value, kernel_size, *too_many, **
             are computed in two steps, which takes memory for every window.
         attn_drop: probability of dropout on the weights, at every call (a layer asks for it in training only); takes
             the same path.
-        backend: a name of the original or one of ours (cpu, reference, portable, sm90); None is the best one.
+        backend: a name of the original or one of ours (cpu, reference, portable, cuda-reference); None is the best one.
         plan: a plan or a prefix of one, see `natten.list_plans`. Without it, products of float32 are exact, on CUDA
             unless torch.backends.cuda.matmul.allow_tf32 (or .fp32_precision = "tf32") lets them be in TF32.
         oversize: where kernel_size * dilation exceeds an axis: "clamp", "error" or "pad"; see

@@ -29,7 +29,7 @@ def na2d_varlen(query, key, value, grids, kernel_size, **options):
         key, value: alike, as in `natten.na2d`.
         grids: the size of every grid, such as [(5, 7), (8, 8)]; an axis may be 0, and a grid then has no tokens.
         kernel_size: as in `natten.na2d`; windows are cut at grids that are smaller.
-        options: stride, dilation, is_causal, scale, rpb, return_lse, backend and oversize, as in `natten.na2d`.
+        options: stride, dilation, is_causal, scale, rpb, return_lse, backend, plan and oversize, as in `natten.na2d`.
 
     Returns:
         [1, tokens, heads, head_dim_v], and with `return_lse` also [1, tokens, heads].
