@@ -22,7 +22,7 @@ mutants() {
 window-even|include/natten/neighborhood.h|s|g.window - 1 : g.window / 2;|g.window - 1 : (g.window - 1) / 2;|an even window reaches to the right instead
 window-border|include/natten/neighborhood.h|s|return {begin, begin + g.window};|return {begin, detail::min(begin + g.window, leader + (g.window + 1) / 2)};|a window is cut at the near border, not shifted
 window-inverse|include/natten/neighborhood.h|s|p - g.window + 1 + reach_before(g)|p - g.window + 2 + reach_before(g)|query_span misses its first query: wrong dk and dv only
-dilation-groups|include/natten/neighborhood.h|s|(a.extent - r - 1) / a.dilation + 1|detail::max((a.extent - 0 * r) / a.dilation, 1)|groups of unequal length lose their last token
+dilation-groups|include/natten/neighborhood.h|s|by_dilation.quotient(a.extent - r - 1) + 1|detail::max(by_dilation.quotient(a.extent - 0 * r), 1)|groups of unequal length lose their last token
 dilation-window|include/natten/neighborhood.h|s|const int window = detail::min(a.window, extent);|const int window = detail::min(a.window, detail::max(extent - (a.dilation > 1 \&\& a.window > 0), 1));|with dilation, a window as long as its group loses a key
 causal-future|include/natten/neighborhood.h|s|reach_before(g), 0), p + 1}|reach_before(g), 0), detail::min(p + 2, g.extent)}|a causal query sees one key of the future
 causal-stride|include/natten/neighborhood.h|s|g.causal ? g.stride - 1 : g.stride / 2|g.stride / 2|a causal stride group follows its middle
