@@ -30,7 +30,7 @@ bias-index|include/natten/neighborhood.h|s|return key - query + a.window - 1;|re
 lse-reference|src/reference/attention.cpp|s|p.head_dim_v) - dlse;|p.head_dim_v) + 0 * dlse;|the oracle drops the gradient of lse
 lse-cpu-loops|src/cpu/loops.cpp|s|(args.dlse ? sum_at|(args.dlse \&\& p.head_dim < 0 ? sum_at|the plain loops drop the gradient of lse
 lse-cpu-sliding|src/cpu/sliding_backward.cpp|s|if (dlse) delta\[lane\] -=|if (dlse) delta[lane] +=|the sliding kernel has the wrong sign on the gradient of lse
-lse-torch|python/natten/_ops.py|s|return \*_bwd(dout, dlse, x|return *_bwd(dout, None, x|autograd drops the gradient of lse (Python only)
+lse-torch|python/natten/_ops.py|s|run_backward(na_bwd, dout, dlse, x|run_backward(na_bwd, dout, None, x|autograd drops the gradient of lse (Python only)
 END
 }
 

@@ -27,23 +27,20 @@ def backward_plan(plan: str) -> str:
     return "/".join(plan.split("/")[:2])
 
 
-def _bwd(dout, dlse, x, out, lse, options):
-    """Gradients of the six inputs, None for the absent ones."""
-    *geometry, plan = options
-    dout = torch.zeros_like(out) if dout is None else with_unit_last_stride(dout)
-    try:
-        gradients = na_bwd(dout, dlse, *x, out, lse, *geometry, backward_plan(plan))
-    except (RuntimeError, ValueError) as error:
-        raise translated(error, out.device.type) from None
-    return present(gradients, x)
-
-
-def run_op(op, tensors, options, backend):
+def run_op(op, tensors, options, backend=None):
     """The op, its errors as Python's; `backend` is what the caller has named, or None."""
     try:
         return op(*tensors, *options)
     except (RuntimeError, ValueError) as error:
         raise translated(error, tensors[0].device.type, backend) from None
+
+
+def run_backward(op, dout, dlse, x, out, lse, options):
+    """Gradients of x by na_bwd or na_varlen_bwd, None for the absent ones."""
+    *geometry, plan = options
+    dout = torch.zeros_like(out) if dout is None else with_unit_last_stride(dout)
+    gradients = run_op(op, (dout, dlse, *x, out, lse), (*geometry, backward_plan(plan)))
+    return present(gradients, x)
 
 
 class Forward:
@@ -56,7 +53,7 @@ class Forward:
     @staticmethod
     def backward(ctx, dout, dlse):
         *x, out, lse = ctx.saved_tensors
-        return *_bwd(dout, dlse, x, out, lse, ctx.options), *_NO_GRADIENT_OF_OPTIONS
+        return *run_backward(na_bwd, dout, dlse, x, out, lse, ctx.options), *_NO_GRADIENT_OF_OPTIONS
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -81,8 +78,8 @@ class Backward:
     @staticmethod
     def jvp(ctx, t_dout, t_dlse, *tangents):
         dout, dlse, *x, out, lse = ctx.saved_tensors
-        bwd, along = _bwd(t_dout, t_dlse, x, out, lse, ctx.options), hvp(dout, dlse, x, tangents[:6], ctx.options)
-        sums = map(add, bwd, along)
+        bwd = run_backward(na_bwd, t_dout, t_dlse, x, out, lse, ctx.options)
+        sums = map(add, bwd, hvp(dout, dlse, x, tangents[:6], ctx.options))
         return tuple(out.new_zeros(0) if g is None else g for g in sums)
 
 

@@ -4,7 +4,7 @@
 First derivatives are the op's own; tangents and second derivatives take one sample after the other through those of the
 plain op (_second_order.py). The arguments are four tensors x = (q, k, v, bias), of which the last may be None, and the
 options (grids, bounds_q, bounds_kv, window, stride, dilation, causal, scale, oversize, plan). The op's gradient of the
-bias has a table for every sample, [samples, heads, ...]; `_bwd` adds them up.
+bias has a table for every sample, [samples, heads, ...]; `_summed` adds them up.
 """
 
 import itertools
@@ -12,11 +12,9 @@ import math
 
 import torch
 
-from ._arguments import with_unit_last_stride
 from ._batching import fold_rule
-from ._errors import translated
 from ._library import HAS_LIBNATTEN, NA_VARLEN_BWD, NA_VARLEN_FWD, NAMESPACE, refuse
-from ._ops import backward_plan, empty_results
+from ._ops import empty_results, run_backward
 from ._registration import add, present, register, save
 from ._second_order import hvp, jvp
 
@@ -119,17 +117,6 @@ def _hvp(dout, dlse, x, t, options):
     return *map(_placed, parts, x[:3]), None if tables is None else torch.stack(tables)
 
 
-def _bwd(dout, dlse, x, out, lse, options):
-    """Gradients of x, that of the bias for every sample; None for an absent one."""
-    *others, plan = options
-    dout = torch.zeros_like(out) if dout is None else with_unit_last_stride(dout)
-    try:
-        gradients = na_varlen_bwd(dout, dlse, *x, out, lse, *others, backward_plan(plan))
-    except (RuntimeError, ValueError) as error:
-        raise translated(error, out.device.type) from None
-    return present(gradients, x)
-
-
 def _summed(*gradients):
     *others, tables = gradients
     return *others, None if tables is None else tables.sum(0)
@@ -145,7 +132,7 @@ class Forward:
     @staticmethod
     def backward(ctx, dout, dlse):
         *x, out, lse = ctx.saved_tensors
-        return *_summed(*_bwd(dout, dlse, x, out, lse, ctx.options)), *_NO_GRADIENT_OF_OPTIONS
+        return *_summed(*run_backward(na_varlen_bwd, dout, dlse, x, out, lse, ctx.options)), *_NO_GRADIENT_OF_OPTIONS
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -170,7 +157,7 @@ class Backward:
     @staticmethod
     def jvp(ctx, t_dout, t_dlse, *tangents):
         dout, dlse, *x, out, lse = ctx.saved_tensors
-        bwd = _bwd(t_dout, t_dlse, x, out, lse, ctx.options)
+        bwd = run_backward(na_varlen_bwd, t_dout, t_dlse, x, out, lse, ctx.options)
         sums = map(add, bwd, _hvp(dout, dlse, x, tangents[:4], ctx.options))
         return tuple(out.new_zeros(0) if g is None else g for g in sums)
 

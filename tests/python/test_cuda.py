@@ -97,6 +97,19 @@ def test_work_stays_on_the_current_stream(case):
         assert all(torch.equal(got[name], expected[name]) for name in expected), plan
 
 
+def capture(run):
+    """A CUDA graph of `run`, warmed up on another stream, and the tensors that a replay writes."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    return graph, captured
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [CASE, PLAIN], ids=str)
 def test_cuda_graphs(case, dtype):
@@ -110,14 +123,7 @@ def test_cuda_graphs(case, dtype):
             out, lse = cases.call(case, {**static, **leaves}, plan, return_lse=True)
             return out, lse, *torch.autograd.grad([out, lse], list(leaves.values()), [static["dout"], static["dlse"]])
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = run()
+        graph, captured = capture(run)
         for name, x in cases.make_inputs(case, dtype, seed=1).items():
             static[name].copy_(x)
         graph.replay()
@@ -139,14 +145,7 @@ def test_cuda_graphs_of_packed_samples(dtype):
         out = out + natten.attention(q, k, v, seqlens_Q=lengths, seqlens_KV=lengths)
         return out, *torch.autograd.grad(out, (q, k, v), dout)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, captured = capture(run)
     with torch.no_grad():
         for x in (q, k, v):
             x.copy_(torch.randn_like(x))
