@@ -71,7 +71,7 @@ CASES = [
 BASELINES = [case([56, 56], [7, 7], 32, heads=2), case([56, 56], [7, 7], 64), case([56, 56], [13, 13], 64)]
 
 
-ALLOCATIONS = 4
+ALLOCATIONS = 12
 
 
 def busy_fraction(seconds=1.0):
