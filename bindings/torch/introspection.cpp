@@ -48,7 +48,7 @@ std::string reason_off(std::string_view engine) {
   for (const natten::Backend* backend : natten::kBackends) {
     if (backend->name != engine) continue;
     natten::PlanList list;
-    backend->list_plans(probe, natten::Pass::forward, list);
+    backend->list_plans(probe, natten::Pass::forward, natten::Wanted::all, list);
     return list.plans.empty() ? list.rejections.front().reason : "";
   }
   if (engine == "sm90") return "this release does not have it";

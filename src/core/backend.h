@@ -37,11 +37,15 @@ struct PackedKernels {
   void (*backward)(std::span<const BackwardSample>, const Executor&, void* workspace);
 };
 
+/// Which plans a call wants. To find the best one is part of every call; tiles of the others need not be worked out.
+enum class Wanted { best, all };
+
 struct Backend {
   const char* name;
   DeviceKind device;
-  /// Appends the plans for a valid problem, best first, and a rejection for each kernel that cannot run it.
-  void (*list_plans)(const Problem&, Pass, PlanList&);
+  /// Appends the plans for a valid problem, best first, and a rejection for each kernel that cannot run it. May end
+  /// after the first plan if only the best one is wanted.
+  void (*list_plans)(const Problem&, Pass, Wanted, PlanList&);
   size_t (*workspace_bytes)(const Problem&, Pass, const Plan&, int num_threads);
   void (*forward)(const Problem&, const ForwardArgs&, const Plan&, const Executor&, void* workspace);
   void (*backward)(const Problem&, const BackwardArgs&, const Plan&, const Executor&, void* workspace);

@@ -81,7 +81,7 @@ PlanList list_plans(const Problem& problem, Pass pass, DeviceKind device) {
   PlanList list;
   for (const Backend* backend : kBackends) {
     if (backend->device == device)
-      backend->list_plans(problem, pass, list);
+      backend->list_plans(problem, pass, Wanted::all, list);
     else
       list.rejections.push_back({backend->name, other_device(device)});
   }
@@ -94,7 +94,7 @@ Plan choose_plan(const Problem& problem, Pass pass, DeviceKind device, std::stri
     for (const Backend* backend : kBackends) {
       if (backend->device != device) continue;
       PlanList list;
-      backend->list_plans(problem, pass, list);
+      backend->list_plans(problem, pass, Wanted::best, list);
       if (!list.plans.empty()) return list.plans.front();
     }
   return choose(list_plans(problem, pass, device), wanted);

@@ -40,11 +40,14 @@ const char* why_not_sliding(const Problem& p) {
 
 namespace {
 
-void list_plans(const Problem& p, Pass pass, PlanList& list) {
+void list_plans(const Problem& p, Pass pass, Wanted wanted, PlanList& list) {
   const char* reason = why_not_sliding(p);
   if (reason) list.rejections.push_back({"cpu/sliding", reason});
-  for (Isa isa : isas())
-    if (!reason) list.plans.push_back({kBackend.name, kSliding[int(isa)], kernels(isa).sliding_q_tile(p, pass)});
+  for (Isa isa : isas()) {
+    if (reason) break;
+    list.plans.push_back({kBackend.name, kSliding[int(isa)], kernels(isa).sliding_q_tile(p, pass)});
+    if (wanted == Wanted::best) return;
+  }
   for (Isa isa : isas()) list.plans.push_back({kBackend.name, kLoops[int(isa)], {}});
 }
 

@@ -141,7 +141,7 @@ void store_bias(const Problem& p, const TensorView& to, const double* workspace)
     });
 }
 
-void list_plans(const Problem&, Pass, PlanList& list) { list.plans.push_back({kBackend.name, "", {}}); }
+void list_plans(const Problem&, Pass, Wanted, PlanList& list) { list.plans.push_back({kBackend.name, "", {}}); }
 
 size_t workspace_bytes(const Problem& p, Pass pass, const Plan&, int) {
   const int64_t tasks = p.batch * p.heads_kv;

@@ -306,6 +306,16 @@ def test_grids_past_65535(case):
     check_sampled(case, torch.bfloat16, samples=sorted({0, case.batch - 1}))
 
 
+@pytest.mark.parametrize("case", [
+    Case((56, 56), 7, batch=128, heads=2, head_dim=32),
+    Case((200, 304), 7, batch=8, heads=4, head_dim=32),
+    Case((60, 40), 7, batch=100, heads=4, head_dim=64),
+], ids=str)  # fmt: skip
+def test_samples_that_share_no_launch(case):
+    """Enough work for the window kernels to cut the last samples into shorter strips, by a launch of their own."""
+    check_sampled(case, torch.bfloat16, samples=(0, case.batch // 2, case.batch - 2, case.batch - 1))
+
+
 @pytest.mark.parametrize(
     "case", [Case((1,), 1), Case((1, 1, 1), 1, head_dim=8), Case((3, 1), (2, 1), heads=3)], ids=str
 )

@@ -10,12 +10,13 @@
 namespace natten::cuda_portable {
 namespace {
 
-void list_plans(const Problem& p, Pass pass, PlanList& list) {
+void list_plans(const Problem& p, Pass pass, Wanted wanted, PlanList& list) {
   if (const char* reason = why_not_this_gpu()) return list.rejections.push_back({kBackend.name, reason});
   if (const char* reason = why_not_window(p, pass))
     list.rejections.push_back({"portable/window", reason});
   else
     list.plans.push_back({kBackend.name, kWindow, window_tile(p, pass)});
+  if (wanted == Wanted::best && !list.plans.empty()) return;
   if (const char* reason = why_not_boxes(p, pass)) {
     list.rejections.push_back({"portable/boxes", reason});
     return;

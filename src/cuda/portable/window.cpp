@@ -21,6 +21,10 @@ constexpr int64_t kMostPlane = 1 << 29;  // elements, so that offsets in bytes f
 constexpr int64_t kMostStride = int64_t{1} << 32;
 constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
 constexpr int kMostSummed = 7;   // window of which a bias has a gradient: see LaneSums
+constexpr int kLeastStrip = 16;  // tokens below each other
+constexpr int kStripStart = 4;   // what a block does before its first row is worth that many
+// A table of spans of that many rows does not cost a block its place on a multiprocessor.
+constexpr int most_strip(int head_dim) { return head_dim == 32 ? 256 : 96; }
 constexpr int kBlocksPerSm = 8;  // of dq where each has sums: few enough tables, even work
 
 // Positions that `tile` neighbours see together: at most.
@@ -55,26 +59,90 @@ void set_group_tiling(const Axis& y, const Axis& x, WindowTiling& t) {
   t.row_pairs = t.tile_x == 8 ? 1 : std::min(2, t.tile_y / 2);
 }
 
-void set_forward_tiling(const Problem& p, const Axis& y, const Axis& x, WindowTiling& t) {
-  if (fits_groups(y, x)) {
-    set_group_tiling(y, x, t);
-    t.rows = y.extent, t.pitch = t.tile_x;
-    return;
-  }
-  // A strip: wide enough for few halo columns, full in its last copy, and as long as the GPU stays busy to the end.
+// Warps of the forward kernel that registers let a multiprocessor hold, and the most of a block (see its launch bounds).
+constexpr int most_ring_warps(int head_dim) { return head_dim == 32 ? 16 : 12; }
+constexpr int most_block_warps(int head_dim) { return head_dim == 32 ? 4 : 6; }
+
+// Blocks of `params` that a multiprocessor holds.
+int blocks_per_sm(const WindowParams& params, int head_dim) {
+  constexpr size_t kReserved = 1024;  // of each block, by CUDA
+  const size_t shared = cuda::current_device()->max_shared_bytes + kReserved;
+  const int by_shared = int(shared / (window_shared_bytes(params, {head_dim}) + kReserved));
+  return std::min(by_shared, most_ring_warps(head_dim) / (params.threads() / 32));
+}
+
+// The arrangement of warps of which most fit; returns the blocks per multiprocessor.
+int set_ring_warps(const Axis& y, const Axis& x, WindowParams& params, int head_dim) {
+  WindowTiling& t = params.tiling;
+  t.pitch = round_up(std::min(seen_by(x, t.tile_x), x.extent), 8);
+  t.tile_y = std::min(y.extent, most_strip(head_dim));
+  const auto set = [&](int row_pairs) {
+    t.row_pairs = row_pairs;
+    t.rows = seen_by(y, 4 * row_pairs);  // of this step and the next
+    return blocks_per_sm(params, head_dim);
+  };
+  const int most = most_block_warps(head_dim) / params.octets();
+  int best = std::min(most, 4 / params.octets()), blocks = set(best);
+  for (int row_pairs = best + 1; row_pairs <= most; ++row_pairs)
+    if (const int n = set(row_pairs); n * row_pairs > blocks * best) best = row_pairs, blocks = n;
+  set(best);
+  return std::max(blocks, 1);
+}
+
+// Strips of a plane's columns: wide enough for few halo columns, full in their last copy.
+// `parts`: how many strips below each other. Returns how many of them run at the same time.
+int64_t set_ring_tiling(const Problem& p, const Axis& y, const Axis& x, int parts, WindowParams& params) {
+  WindowTiling& t = params.tiling;
   t.ring = true;
   const int rest = x.extent % 16;
   t.tile_x = rest == 0 || rest > 8 ? 16 : 8;
-  t.row_pairs = t.tile_x == 8 ? 4 : 2;
-  const int step = 2 * t.row_pairs, sms = cuda::current_device()->num_sms;
-  const int64_t slots = int64_t{sms} * (p.head_dim == 32 ? 4 : 3);
-  const int64_t strips = p.batch * p.axes[0].extent * p.heads * num_groups(p.axes[1]) * num_groups(p.axes[2]) *
-                         detail::ceil_div(x.extent, t.tile_x);
-  const int64_t most = std::max(y.extent / 28, 1);
-  const int64_t parts = strips * most >= 3 * slots ? (6 * slots + strips - 1) / strips : 2 * int64_t{sms} / strips;
-  t.tile_y = round_up(detail::ceil_div(y.extent, int(std::clamp<int64_t>(parts, 1, most))), step);
-  t.rows = seen_by(y, 2 * step);  // of this step and the next
-  t.pitch = round_up(std::min(seen_by(x, t.tile_x), x.extent), 8);
+  const int64_t slots = int64_t{set_ring_warps(y, x, params, p.head_dim)} * cuda::current_device()->num_sms;
+  t.tile_y = round_up(detail::ceil_div(y.extent, parts), 2 * t.row_pairs);
+  return slots;
+}
+
+int least_parts(const Problem& p, const Axis& y) { return detail::ceil_div(y.extent, most_strip(p.head_dim)); }
+
+// Samples that run in the same number of parts.
+struct Zone {
+  int first = 0, samples = 0, parts = 1;
+};
+
+// How samples are cut into strips, so that the GPU is busy to the end: most of them in long strips, for what a block
+// does first is worth some rows; the rest in short ones that fill up what the long ones leave free.
+struct Zones {
+  Zone of[2];
+};
+
+Zones cut_to_strips(const Problem& p, const Axis& y, const Axis& x) {
+  Zones zones;
+  WindowParams params;
+  if (p.has_bias) params.bias_table = WindowBias(y.window, x.window);
+  const int64_t slots = set_ring_tiling(p, y, x, 1, params);
+  const int step = 2 * params.tiling.row_pairs;
+  const int64_t strips = int64_t{p.axes[0].extent} * p.heads * num_groups(p.axes[1]) * num_groups(p.axes[2]) *
+                         detail::ceil_div(x.extent, params.tiling.tile_x);  // of a sample
+  const auto rows = [&](int parts) { return round_up(detail::ceil_div(y.extent, parts), step) + kStripStart; };
+  int64_t shortest = INT64_MAX;  // in rows
+  const auto consider = [&](int64_t time, const Zone& first, const Zone& second) {
+    if (time < shortest) shortest = time, zones = {{first, second}};
+  };
+  const int batch = int(p.batch), least = least_parts(p, y);
+  const int most = std::clamp(y.extent / kLeastStrip, least, least + 15);
+  for (int parts = least; parts <= most; ++parts)
+    consider(detail::ceil_div(strips * batch * parts, slots) * rows(parts), {0, batch, parts}, {});
+  for (int parts = least; parts < least + 2; ++parts) {
+    const int64_t rounds = strips * batch * parts / slots;
+    const int samples = int(rounds * slots / (strips * parts)), rest = batch - samples;
+    if (samples == 0 || rest == 0) continue;
+    const int64_t free = rounds * slots - samples * strips * parts;
+    for (int more = parts + 1; more <= most; ++more) {
+      const int64_t left = std::max<int64_t>(rest * strips * more - free * (rows(parts) / rows(more)), 0);
+      consider(rounds * rows(parts) + detail::ceil_div(left, slots) * rows(more), {0, samples, parts},
+               {samples, rest, more});
+    }
+  }
+  return zones;
 }
 
 void set_backward_tiling(const Problem& p, const Axis& y, const Axis& x, bool of_keys, WindowTiling& t) {
@@ -140,12 +208,31 @@ WindowParams common_params(const Problem& p, const ForwardArgs& args) {
   return params;
 }
 
-WindowParams forward_params(const Problem& p, const ForwardArgs& args) {
-  WindowParams params = common_params(p, args);
+ForwardArgs samples_from(const Problem& p, ForwardArgs args, int first) {
+  for (TensorView* t : {&args.q, &args.k, &args.v, &args.out, &args.lse})
+    if (*t)
+      t->ptr = static_cast<char*>(t->ptr) + first * t->strides[0] * (t == &args.lse ? sizeof(float) : size_of(p.dtype));
+  return args;
+}
+
+WindowParams zone_params(Problem p, const ForwardArgs& args, const Zone& zone) {
+  p.batch = zone.samples;
+  WindowParams params = common_params(p, samples_from(p, args, zone.first));
   const Axis y = longest_group(p.axes[1]), x = longest_group(p.axes[2]);
-  set_forward_tiling(p, y, x, params.tiling);
+  if (fits_groups(y, x)) {
+    WindowTiling& t = params.tiling;
+    set_group_tiling(y, x, t);
+    t.rows = y.extent, t.pitch = t.tile_x;
+  } else {
+    set_ring_tiling(p, y, x, zone.parts, params);
+  }
   set_units(p, y, x, params, p.heads);
   return params;
+}
+
+Zones forward_zones(const Problem& p) {
+  const Axis y = longest_group(p.axes[1]), x = longest_group(p.axes[2]);
+  return fits_groups(y, x) ? Zones{{{0, int(p.batch), 1}, {}}} : cut_to_strips(p, y, x);
 }
 
 WindowParams backward_params(const Problem& p, const BackwardArgs& args, void* stats) {
@@ -206,7 +293,10 @@ size_t stats_bytes(const Problem& p) { return size_t(p.batch) * p.tokens() * p.h
 
 bool fits_shared(const Problem& p, Pass pass) {
   const size_t most = size_t(cuda::current_device()->max_shared_bytes);
-  if (pass == Pass::forward) return window_shared_bytes(forward_params(p, {}), {p.head_dim}) <= most;
+  if (pass == Pass::forward) {
+    const Zone longest{0, int(p.batch), least_parts(p, longest_group(p.axes[1]))};
+    return window_shared_bytes(zone_params(p, {}, longest), {p.head_dim}) <= most;
+  }
   return window_shared_bytes(dq_params(p, {}, nullptr, nullptr), {p.head_dim, false, true}) <= most &&
          window_shared_bytes(dkdv_params(p, {}, nullptr), {p.head_dim, true, false}) <= most;
 }
@@ -242,9 +332,12 @@ const char* why_not_window(const Problem& p, Pass pass) {
 }
 
 Int3 window_tile(const Problem& p, Pass pass) {
+  if (pass == Pass::forward) {
+    const WindowTiling t = zone_params(p, {}, forward_zones(p).of[0]).tiling;
+    return {1, t.tile_y, t.tile_x};
+  }
   WindowTiling t;
-  const Axis y = longest_group(p.axes[1]), x = longest_group(p.axes[2]);
-  pass == Pass::forward ? set_forward_tiling(p, y, x, t) : set_backward_tiling(p, y, x, true, t);
+  set_backward_tiling(p, longest_group(p.axes[1]), longest_group(p.axes[2]), true, t);
   return {1, t.tile_y, t.tile_x};
 }
 
@@ -252,7 +345,9 @@ bool window_forward(const Problem& p, const ForwardArgs& args, void* stream) {
   for (const TensorView& t : {args.q, args.k, args.v, args.out})
     if (!fits(p, t, 8)) return false;
   if (!fits(p, args.lse, 1) || !fits(p, args.bias, 1)) return false;
-  launch_window_forward(forward_params(p, args), p.dtype, p.head_dim, stream);
+  for (const Zone& zone : forward_zones(p).of)
+    if (zone.samples > 0)
+      launch_window_forward(zone_params(p, args, zone), p.dtype, p.head_dim, stream, zone.first > 0);
   return true;
 }
 

@@ -92,7 +92,8 @@ struct WindowParams {
 size_t window_shared_bytes(const WindowParams& p, const WindowShared& what);
 
 // Launches on `stream`.
-void launch_window_forward(const WindowParams& params, DType dtype, int head_dim, void* stream);
+/// `overlapping`: starts while the kernel before, of other samples, still runs.
+void launch_window_forward(const WindowParams& params, DType dtype, int head_dim, void* stream, bool overlapping);
 void launch_window_dq(const WindowParams& params, DType dtype, int head_dim, void* stream);
 void launch_window_dkdv(const WindowParams& params, DType dtype, int head_dim, void* stream);
 

@@ -186,17 +186,19 @@ struct WindowDKDVBlock {
     fill_zero(at, stats + rows * pitch * 16, detail::min(kTailKeys, (p.tiling.rows - rows) * pitch) * 16);
   }
 
-  /// A fragments of the tile's two rows.
-  __device__ __forceinline__ void load_fragments(uint32_t (&a)[kHeadDim / 16][4], const Column<const T>& of,
-                                                 int y) const {
+  /// A tile's two rows of a tensor, 16 bytes of each per lane.
+  struct Loaded {
     uint4 words[2][kWords];
+  };
+  __device__ __forceinline__ Loaded load_tile(const Column<const T>& of, int y) const {
+    Loaded l;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const T* from = of.at(detail::min(y + i, unit.ny - 1));
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) words[i][w] = ptx::load_global_128(from + w * 32);
+      for (int w = 0; w < kWords; ++w) l.words[i][w] = ptx::load_global_128(from + w * 32);
     }
-    make_fragments<kHeadDim>(a, words, p.zero);
+    return l;
   }
 
   /// The next of the heads that share a key head; a block has one unit then.
@@ -210,9 +212,19 @@ struct WindowDKDVBlock {
   /// Of queries that share this unit's head of keys. Instances without tables are for one.
   __device__ __forceinline__ int heads() const { return kTables ? p.heads_per_kv : 1; }
 
+  /// NOTE: the first tile's rows come while the block waits for its box: later there are no registers to prefetch into.
   __device__ __forceinline__ void run() {
     const bool has_column = at.x + at.g < unit.nx;
     const int x = unit.x0 + detail::min(at.x + at.g, unit.nx - 1), step = p.tiling.row_pairs * 2;
+    const Column<const T> k(p, p.k, batch, z, unit, x, at.t * 8), v(p, p.v, batch, z, unit, x, at.t * 8);
+    const auto exists_at = [&](int y) { return at.x < unit.nx && y < unit.ny; };
+    Loaded l_k{}, l_v{};
+    const auto load_tiles = [&](int y) {
+      if (exists_at(y)) l_k = load_tile(k, y), l_v = load_tile(v, y);
+    };
+    load_tiles(at.row_pair * 2);
+    ptx::cp_async_wait<0>();
+    __syncthreads();
     const int first = seen_from<true>(unit.x, unit.x0 + at.x).begin;
     const Span seen = seen_from<true>(unit.x, x);
     typename Tile::Columns columns;
@@ -223,14 +235,13 @@ struct WindowDKDVBlock {
     tile.weights[0] = SplitWeights<T>::fragment(at.t), tile.weights[1] = ptx::opaque(tile.weights[0], p.zero);
     tile.to_dout = shared_dout - shared_q;
     tile.row_bytes = p.tiling.pitch * kRowBytes, tile.row_stats = p.tiling.pitch * 16;
-    const Column<const T> k(p, p.k, batch, z, unit, x, at.t * 8), v(p, p.v, batch, z, unit, x, at.t * 8);
     const Column<T> dk(p, p.dk, batch, z, unit, x, stored_channel(at.t));
     const Column<T> dv(p, p.dv, batch, z, unit, x, stored_channel(at.t));
     tile.bias_table = bias;
     for (int y = at.row_pair * 2; y < p.tiling.tile_y; y += step) {
-      const bool exists = at.x < unit.nx && y < unit.ny, has_second = y + 1 < unit.ny;
+      const bool exists = exists_at(y), has_second = y + 1 < unit.ny;
       if (!exists && heads() == 1) break;
-      if (exists) load_fragments(tile.k, k, y), load_fragments(tile.v, v, y);
+      make_fragments<kHeadDim>(tile.k, l_k.words, p.zero), make_fragments<kHeadDim>(tile.v, l_v.words, p.zero);
       RowPair rows(spans, y, has_second);
       if constexpr (kTables) set_bias_row(rows, p, unit, y);
       const uint32_t queries = shared_q + rows.first_row * tile.row_bytes;
@@ -255,6 +266,7 @@ struct WindowDKDVBlock {
       };
       if (p.dk.ptr) store(dk, tile.acc_dk, p.scale);
       if (p.dv.ptr) store(dv, tile.acc_dv, 1.0f);
+      load_tiles(y + step);
     }
   }
 
@@ -268,8 +280,6 @@ struct WindowDKDVBlock {
 template <class T, int kHeadDim, int kOctets, bool kTables>
 __device__ __forceinline__ void run_window_dkdv(const WindowParams& p, uint32_t shared) {
   WindowDKDVBlock<T, kHeadDim, kOctets, kTables> block(p, shared);
-  ptx::cp_async_wait<0>();
-  __syncthreads();
   block.run();
 }
 

@@ -159,7 +159,7 @@ struct WindowDQBlock {
   };
 
   __device__ __forceinline__ Loaded load_tile(const Columns& of, int y) const {
-    Loaded l;
+    Loaded l{};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = detail::min(y + i, unit.ny - 1);
@@ -175,9 +175,20 @@ struct WindowDQBlock {
     return l;
   }
 
+  /// NOTE: the first tile's rows come while the block waits for its box: later there are no registers to prefetch into.
   __device__ __forceinline__ void run() {
     const bool has_column = at.x + at.g < unit.nx;
     const int x = unit.x0 + detail::min(at.x + at.g, unit.nx - 1), step = p.tiling.row_pairs * 2;
+    const Columns columns{{p, p.q, batch, z, unit, x, at.t * 8},
+                          {p, p.dout, batch, z, unit, x, at.t * 8},
+                          {p, p.out, batch, z, unit, x, at.t * 8},
+                          {p, p.lse, batch, z, unit, x},
+                          {p, p.dlse, batch, z, unit, x}};
+    Loaded l{};
+    if (at.x < unit.nx) l = load_tile(columns, at.row_pair * 2);
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    if (at.x >= unit.nx) return;
     const Span first = seen_from<false>(unit.x, unit.x0 + at.x), mine = seen_from<false>(unit.x, x);
     Tile tile(p, at);
     // No dS of a column that does not exist: it repeats the last one.
@@ -191,16 +202,10 @@ struct WindowDQBlock {
     const LaneAddresses<kHeadDim, kOctets> lane(at, first.begin - unit.box_x.begin);
     tile.lane_row = shared_k + lane.row, tile.lane_transposed = shared_k + lane.transposed;
     tile.to_v = shared_v - shared_k, tile.row_bytes = p.tiling.pitch * kKeyBytes;
-    const Columns columns{{p, p.q, batch, z, unit, x, at.t * 8},
-                          {p, p.dout, batch, z, unit, x, at.t * 8},
-                          {p, p.out, batch, z, unit, x, at.t * 8},
-                          {p, p.lse, batch, z, unit, x},
-                          {p, p.dlse, batch, z, unit, x}};
     const Column<T> dq(p, p.dq, batch, z, unit, x, stored_channel(at.t));
     const Column<uint4> stats(p, p.stats, batch, z, unit, x);
     for (int y = at.row_pair * 2; y < unit.ny; y += step) {
       const bool has_second = y + 1 < unit.ny;
-      const Loaded l = load_tile(columns, y);
       take(tile, l);
       if (has_column && at.t == 0) store_stats(tile, stats, y, has_second, l);
       RowPair rows(spans, y, has_second);
@@ -220,6 +225,7 @@ struct WindowDQBlock {
         Tile::again(copy, offset, rows);
         store(copy);
       }
+      if (y + step < unit.ny) l = load_tile(columns, y + step);
     }
   }
 
@@ -256,9 +262,7 @@ __device__ __forceinline__ void run_window_dq(const WindowParams& p, uint32_t sh
   for (int64_t i = blockIdx.x; i < p.num_blocks; i += gridDim.x) {
     WindowDQBlock<T, kHeadDim, kOctets, kBias> block(p, shared, int(i));
     if (kBias && i == blockIdx.x) block.start_bias();
-    ptx::cp_async_wait<0>();
-    __syncthreads();
-    if (block.at.x < block.unit.nx) block.run();
+    block.run();
     if (!kBias) return;
     __syncthreads();
     if (i + gridDim.x >= p.num_blocks && p.bias_sums) block.bias_sums().store();

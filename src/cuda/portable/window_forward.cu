@@ -9,6 +9,7 @@
 #include "cuda/portable/row_loader.cuh"
 #include "cuda/portable/window_bias.cuh"
 #include "cuda/portable/window_dispatch.cuh"
+#include "cuda/ptx/grid.cuh"
 
 namespace natten::cuda_portable {
 
@@ -324,29 +325,30 @@ struct WindowForwardBlock {
 
 /// NOTE: a bias has instances of its own: in one kernel with the others it made those spill registers.
 template <class T, int kHeadDim, int kOctets, bool kRing, bool kBias>
-__global__ void __launch_bounds__(128, kHeadDim == 32 ? 4
-                                       : kRing        ? 3
-                                               : 2) window_forward_kernel(const __grid_constant__ WindowParams p) {
+__global__ void __launch_bounds__(kRing&& kHeadDim == 64 ? 192 : 128, kHeadDim == 32 ? 4 : 2)
+    window_forward_kernel(const __grid_constant__ WindowParams p) {
   extern __shared__ __align__(128) unsigned char smem[];
+  ptx::let_next_kernel_start();
   WindowForwardBlock<T, kHeadDim, kOctets, kRing, kBias> block(p, ptx::shared_address(smem));
-  if (kRing && block.unit.ny == 0) return;
-  block.run();
+  if (!kRing || block.unit.ny > 0) block.run();
+  ptx::wait_for_previous_kernel();  // so that a kernel behind this one finds both done
 }
 
 template <class T, int kHeadDim, bool kBias>
-void launch_window_forward(const WindowParams& params, void* stream) {
+void launch_window_forward(const WindowParams& params, void* stream, cuda::Start start) {
   const size_t bytes = window_shared_bytes(params, {.head_dim = kHeadDim});
-  const auto go = [&](auto kernel) { launch_window(kernel, params, bytes, stream); };
+  const auto go = [&](auto kernel) { launch_window(kernel, params, bytes, stream, start); };
   if (params.tiling.ring) return go(window_forward_kernel<T, kHeadDim, 2, true, kBias>);
   if (kHeadDim == 32 && params.octets() == 1) return go(window_forward_kernel<T, 32, 1, false, kBias>);
   go(window_forward_kernel<T, kHeadDim, 2, false, kBias>);
 }
 
-void launch_window_forward(const WindowParams& params, DType dtype, int head_dim, void* stream) {
+void launch_window_forward(const WindowParams& params, DType dtype, int head_dim, void* stream, bool overlapping) {
+  const auto start = overlapping ? cuda::Start::overlapping : cuda::Start::after_previous;
   dispatch_window(dtype, head_dim, [&](auto element, auto dim) {
     using T = decltype(element);
-    if (params.bias_table.y > 0) return launch_window_forward<T, dim, true>(params, stream);
-    launch_window_forward<T, dim, false>(params, stream);
+    if (params.bias_table.y > 0) return launch_window_forward<T, dim, true>(params, stream, start);
+    launch_window_forward<T, dim, false>(params, stream, start);
   });
 }
 

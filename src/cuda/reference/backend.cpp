@@ -31,7 +31,7 @@ void list_if_usable(PlanList& list) {
 
 namespace {
 
-void list_plans(const Problem&, Pass, PlanList& list) { list_if_usable(list); }
+void list_plans(const Problem&, Pass, Wanted, PlanList& list) { list_if_usable(list); }
 
 size_t workspace_bytes(const Problem& p, Pass pass, const Plan&, int) {
   return pass == Pass::forward ? 0 : sizeof(double) * p.batch * p.tokens() * p.heads;
