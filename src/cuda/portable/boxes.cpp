@@ -95,8 +95,8 @@ double cost_of_tile(const Problem& p, Side side, Int3 tile, int warp_tiles) {
   };
   const double all = std::ceil(blocks(tile.z, tile.y));
   const double of_warp = std::min(all, blocks(warp_z, warp_y) + (warp_y < tile.y ? warp_z : 1));
-  // A fifth is loads and tables. Twice the rows of a warp are less than twice the work: they share fragments of columns.
-  // A block's worth is for what surrounds the blocks.
+  // A fifth is loads and tables. Twice the rows of a warp are less than twice the work: they share fragments. A block's
+  // worth is for what surrounds the blocks.
   const double of_rows = warp_tiles == 2 ? 1.3 : 0.8;
   return 1 + 0.2 * all + of_rows * of_warp;
 }

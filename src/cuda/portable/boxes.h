@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 // What the host tells the "boxes" kernels, which run every problem.
 //
-// A work item is a *tile*: up to kBlockM tokens of one dilation group, one sample and one head (up to 2 kBlockM where
-// warps take two rows of each operand's fragment), in the shape `BoxesParams::tile`. What its windows (or inverse windows) touch on the other side is a box of positions too, and the
-// kernel walks over that box in flat order, kBlockN positions at a time; a per-axis table of bits says which of them
-// each row of the tile sees. So rank, window, dilation, stride, causality and tile shape are all run-time.
+// A work item is a *tile*: up to kBlockM tokens, or twice as many, of one dilation group, one sample and one head, in
+// the shape `BoxesParams::tile`. What its windows (or inverse windows) touch on the other side is a box of positions
+// too, and the kernel walks over that box in flat order, kBlockN positions at a time; a per-axis table of bits says
+// which of them each row of the tile sees. So rank, window, dilation, stride, causality and tile are all run-time.
 #pragma once
 #include <cstddef>
 
@@ -14,7 +14,7 @@
 namespace natten::cuda_portable {
 
 constexpr int kThreads = 128;  ///< of a block: four warps
-constexpr int kBlockM = 64;    ///< rows of a tile for each 16 of a warp, of which it has one or two times
+constexpr int kBlockM = 64;    ///< rows of a tile: 16 of each warp, or in some kernels twice that
 constexpr int kMaxHeadDim = 256, kMaxHeadDimF32 = 128;
 /// Distinct coordinates of a tile, all axes together: z + y + x where z * y * x <= rows.
 constexpr int most_coords(int rows) { return rows + 2; }

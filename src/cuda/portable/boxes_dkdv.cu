@@ -39,17 +39,16 @@ struct DKDV {
     blocks_per_head = detail::ceil_div(box.volume, kBlockN);
     num_blocks = blocks_per_head * p.problem.heads_per_kv();
     const int head = item.head * p.problem.heads_per_kv();
-    fill_tables<Map>(
-        smem, p,
-        Work<T>{
-            item, box, {}, {queries<T>(p.q, item, head, box.begin), queries<T>(p.dout, item, head, box.begin)}, {}});
+    const Gather<T> q = queries<T>(p.q, item, head, box.begin), dout = queries<T>(p.dout, item, head, box.begin);
+    const Gather<RowStats> stats = queries<RowStats>(Rows{p.stats, 1, false}, item, head, box.begin);
+    fill_tables<Map>(smem, p, Work<T>{item, box, {}, {q, dout}, {}, stats});
   }
 
   __device__ const Item& item() const { return Map::work(smem).item; }
   __device__ const Box& box() const { return Map::work(smem).box; }
-  /// Among the heads that share the tile's.
-  __device__ int head(int block) const { return block / blocks_per_head; }
-  __device__ int first(int block) const { return block % blocks_per_head * kBlockN; }
+  /// Among the heads that share the tile's; seldom more than one.
+  __device__ int head(int block) const { return num_blocks == blocks_per_head ? 0 : block / blocks_per_head; }
+  __device__ int first(int block) const { return (block - head(block) * blocks_per_head) * kBlockN; }
   __device__ bool has_bias() const { return p.problem.has_bias && p.side != Side::extra_keys; }
   template <class E>
   __device__ Gather<E> queries(const Rows& tensor, const Item& item, int head, Int3 begin) const {
@@ -77,16 +76,16 @@ struct DKDV {
   }
   __device__ __forceinline__ void load_stats(int block) const {
     if (threadIdx.x >= kBlockN) return;
-    const int flat = first(block) + threadIdx.x, query_head = item().head * p.problem.heads_per_kv() + head(block);
+    const int flat = first(block) + threadIdx.x;
     const bool exists = flat < box().volume;
-    const Gather<RowStats> from = queries<RowStats>(Rows{p.stats, 1, false}, item(), query_head, box().begin);
-    ptx::cp_async_8(ptx::shared_address(Map::stats(smem, block) + threadIdx.x),
-                    exists ? from.at(box().split(flat)) : from.base, exists);
+    const RowStats* from = Map::work(smem).stats.at(box().split(exists ? flat : 0)) + head(block) * p.stats.strides[4];
+    ptx::cp_async_8(ptx::shared_address(Map::stats(smem, block) + threadIdx.x), from, exists);
   }
 
   /// acc_s: base-2 logits, become probabilities; acc_dp becomes dS.
   __device__ __forceinline__ void score_gradients(Scores& acc_s, Scores& acc_dp, const Masks& masks,
                                                   const RowStats* columns) const {
+    masks.apply(acc_s, -INFINITY);
 #pragma unroll
     for (int n = 0; n < kBlockN / 8; ++n)
 #pragma unroll
@@ -95,8 +94,7 @@ struct DKDV {
         acc_s[0][n][e] = ptx::exp2_approx(acc_s[0][n][e] - column.lse_log2);
         acc_dp[0][n][e] = acc_s[0][n][e] * (acc_dp[0][n][e] - column.delta);
       }
-    masks.apply(acc_s, 0);
-    masks.apply(acc_dp, 0);
+    if (contain) masks.apply(acc_dp, 0);  // else a difference that is not finite shows in the sums
   }
 
   __device__ __forceinline__ void run_block(int block) {

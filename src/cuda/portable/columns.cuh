@@ -30,6 +30,7 @@ struct alignas(16) Work {
   Item item;
   Box box, extra;                       // of the grid, and of additional keys
   Gather<T> in_box[2], among_extra[2];  // of the two tensors that columns have
+  Gather<RowStats> stats;               // of the columns, where these are queries
 };
 
 /// Shared memory of a block of threads: kTiles operands of the tile, two stages of two tensors' columns, tables.
@@ -314,19 +315,20 @@ __device__ __forceinline__ void add_bias(float (&acc)[kWarpTiles][kBlockN / 8][4
   constexpr float kLog2e = 1.44269504088896341f;
   const BiasTable<T> bias(p, head);
 #pragma unroll
-  for (int m = 0; m < kWarpTiles; ++m)
+  for (int m = 0; m < kWarpTiles; ++m) {
+    uint32_t row_terms[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row_term = bias.term(sum(item.origin, tile_row(p, item, thread_row<kWarpTiles>(m, i))));
+    for (int i = 0; i < 2; ++i)
+      row_terms[i] = bias.term(sum(item.origin, tile_row(p, item, thread_row<kWarpTiles>(m, i))));
 #pragma unroll
-      for (int n = 0; n < kBlockN / 8; ++n)
+    for (int n = 0; n < kBlockN / 8; ++n)
 #pragma unroll
-        for (int e = 2 * i; e < 2 * i + 2; ++e) {
-          const int column = 8 * n + threadIdx.x % 4 * 2 + e % 2;
-          if (masks.sees(m, n, e))
-            acc[m][n][e] += kLog2e * to_real(bias.table[int(uint32_t(terms[column]) - uint32_t(row_term))]);
-        }
-    }
+      for (int e = 0; e < 4; ++e) {
+        const int column = 8 * n + threadIdx.x % 4 * 2 + e % 2;
+        if (masks.sees(m, n, e))
+          acc[m][n][e] += kLog2e * to_real(bias.table[int(uint32_t(terms[column]) - row_terms[e / 2])]);
+      }
+  }
 }
 
 }  // namespace natten::cuda_portable

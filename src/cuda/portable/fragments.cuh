@@ -64,8 +64,8 @@ __device__ __forceinline__ void multiply_add(float (&acc)[kWarpTiles][kOut / 8][
   }
 }
 
-/// The same for every element type. Only floats ask how many channels there are, and whether tf32 is exact enough; their
-/// warps have 16 rows.
+/// The same for every element type. Only floats ask how many channels there are, and whether tf32 is exact enough;
+/// their warps have 16 rows.
 template <class T, int kHeadDim, int kBlockN, int kWarpTiles>
 __device__ __forceinline__ void multiply_transposed(float (&acc)[kWarpTiles][kBlockN / 8][4], uint32_t rows,
                                                     uint32_t columns, int dim, bool tf32) {
@@ -137,22 +137,18 @@ __device__ __forceinline__ void add_nonfinite(float (&acc)[kWarpTiles][kOut / 8]
   for (int column = 0; column < kBlockN; ++column) {
     // This thread's masks are of its own columns, so it asks the thread of the quad that has this one.
     const int lane = (threadIdx.x % 32 & ~3) + column % 8 / 2, bit = column / 8 * 2 + column % 2;
-    bool sees[kWarpTiles][2];
+    bool sees[2 * kWarpTiles];
 #pragma unroll
-    for (int m = 0; m < kWarpTiles; ++m)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) sees[m][i] = __shfl_sync(~0u, masks.bits[m][i], lane) >> bit & 1;
+    for (int r = 0; r < 2 * kWarpTiles; ++r) sees[r] = __shfl_sync(~0u, masks.bits[r / 2][r % 2], lane) >> bit & 1;
 #pragma unroll
     for (int n = 0; n < kOut / 8; ++n) {
       const float2 x = channels_of<T, kHeadDim>(columns, column, first_chunk, n);
       if (isfinite(x.x) && isfinite(x.y)) continue;
 #pragma unroll
-      for (int m = 0; m < kWarpTiles; ++m)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (sees[m][i] && !isfinite(x.x)) acc[m][n][2 * i] += x.x;
-          if (sees[m][i] && !isfinite(x.y)) acc[m][n][2 * i + 1] += x.y;
-        }
+      for (int r = 0; r < 2 * kWarpTiles; ++r) {
+        if (sees[r] && !isfinite(x.x)) acc[r / 2][n][r % 2 * 2] += x.x;
+        if (sees[r] && !isfinite(x.y)) acc[r / 2][n][r % 2 * 2 + 1] += x.y;
+      }
     }
   }
 }

@@ -23,14 +23,11 @@ struct KeyWalk {
     const Box box = box_of(p, item), extra({0, 0, 0}, {1, 1, p.samples[item.sample].extra_keys});
     box_blocks = detail::ceil_div(box.volume, Map::kBlockN);
     num_blocks = box_blocks + detail::ceil_div(extra.volume, Map::kBlockN);
-    const Int3 first{0, 0, 0};
-    fill_tables<Map>(
-        smem, p,
-        Work<T>{item,
-                box,
-                extra,
-                {gather_group<T>(p, p.k, item, head, box.begin), gather_group<T>(p, p.v, item, head, box.begin)},
-                {gather_plain<T>(p, p.extra_k, item, head, first), gather_plain<T>(p, p.extra_v, item, head, first)}});
+    const Gather<T> k = gather_group<T>(p, p.k, item, head, box.begin),
+                    v = gather_group<T>(p, p.v, item, head, box.begin);
+    const Gather<T> extra_k = gather_plain<T>(p, p.extra_k, item, head, extra.begin);
+    const Gather<T> extra_v = gather_plain<T>(p, p.extra_v, item, head, extra.begin);
+    fill_tables<Map>(smem, p, Work<T>{item, box, extra, {k, v}, {extra_k, extra_v}, {}});
   }
 
   __device__ bool in_box(int block) const { return block < box_blocks; }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The kernels for small windows on the emulated GPU: problems that reach them, and values that are not finite, those in
-// the unfused operators too; tiles of 128 rows of the boxes kernels, which small grids do not get; and what float32 asks of tensor cores (T-54). The tests of the CPU engines run on the same
-// GPU and reach the others.
+// The kernels for small windows on the emulated GPU: problems that reach them, and values that are not finite, those
+// in the unfused operators too; tiles of 128 rows of the boxes kernels, which small grids do not get; and what float32
+// asks of tensor cores (T-54). The tests of the CPU engines run on the same GPU and reach the others.
 #include <gtest/gtest.h>
 
 #include <algorithm>
