@@ -83,27 +83,36 @@ struct Tiling {
   int warp_tiles = 1;
 };
 
-// What a tile of up to kBlockM * warp_tiles rows costs, in blocks of columns for 4 warps of 16 rows each. Rows are
+// An axis of the longest dilation group: positions that 1, 2, 4, .. neighbours on it see together, and their tiles.
+struct TiledAxis {
+  int extent;
+  double seen[8];
+
+  TiledAxis(const Axis& axis, Side side) : extent(group_axis(axis, 0).extent) {
+    for (int log = 0; log < 8; ++log) seen[log] = double(positions_seen(group_axis(axis, 0), side, size(log)));
+  }
+  int size(int log) const { return std::min(1 << log, extent); }
+  double tiles(int log) const { return detail::ceil_div(extent, size(log)); }
+};
+
+// What a tile costs whose sides have these logarithms, in blocks of columns for 4 warps of 16 rows each. Rows are
 // worked on whether they exist or not, a block of columns by the warps whose rows see some of it.
-double cost_of_tile(const Problem& p, Side side, Int3 tile, int warp_tiles) {
-  const Axis z = group_axis(p.axes[0], 0), y = group_axis(p.axes[1], 0), x = group_axis(p.axes[2], 0);
-  const int n = block_n(p), warp_rows = 16 * warp_tiles, warp_y = std::clamp(warp_rows / tile.x, 1, tile.y);
-  const int warp_z = std::clamp(warp_rows / (tile.x * tile.y), 1, tile.z);
-  const auto blocks = [&](int tile_z, int tile_y) {
-    return double(positions_seen(z, side, tile_z)) * double(positions_seen(y, side, tile_y)) *
-           double(positions_seen(x, side, tile.x)) / n;
-  };
-  const double all = std::ceil(blocks(tile.z, tile.y));
-  const double of_warp = std::min(all, blocks(warp_z, warp_y) + (warp_y < tile.y ? warp_z : 1));
+double cost_of_tile(const TiledAxis (&axes)[3], const int (&log)[3], int warp_tiles, int block_n) {
+  const int warp_rows = warp_tiles == 2 ? 5 : 4;  // logarithms as well
+  const int warp_y = std::clamp(warp_rows - log[2], 0, log[1]);
+  const int warp_z = std::clamp(warp_rows - log[2] - log[1], 0, log[0]);
+  const double row = axes[2].seen[log[2]] / block_n;
+  const double all = std::ceil(axes[0].seen[log[0]] * axes[1].seen[log[1]] * row);
+  const double begins = warp_y == log[1] ? 1 : axes[0].seen[warp_z];  // of runs of columns, each within a block
+  const double of_warp = std::min(all, axes[0].seen[warp_z] * axes[1].seen[warp_y] * row + begins);
   // A fifth is loads and tables. Twice the rows of a warp are less than twice the work: they share fragments. A block's
   // worth is for what surrounds the blocks.
-  const double of_rows = warp_tiles == 2 ? 1.3 : 0.8;
-  return 1 + 0.2 * all + of_rows * of_warp;
+  return 1 + 0.2 * all + (warp_tiles == 2 ? 1.3 : 0.8) * of_warp;
 }
 
 // The shape of a tile, and the rows of a warp, that make the least work.
 Tiling choose_tiling(const Problem& p, Side side, int most_warp_tiles) {
-  const Axis z = group_axis(p.axes[0], 0), y = group_axis(p.axes[1], 0), x = group_axis(p.axes[2], 0);
+  const TiledAxis axes[3] = {{p.axes[0], side}, {p.axes[1], side}, {p.axes[2], side}};
   const cuda::DeviceInfo* device = cuda::current_device();
   const double at_once = device ? 2.0 * device->num_sms : 1.0;
   double groups = double(p.batch) * p.heads;
@@ -111,14 +120,13 @@ Tiling choose_tiling(const Problem& p, Side side, int most_warp_tiles) {
   Tiling best;
   double least = HUGE_VAL;
   for (int warp_tiles = 1; warp_tiles <= most_warp_tiles; ++warp_tiles) {
-    const int rows = kBlockM * warp_tiles;
-    for (int tz = 1; tz <= rows; tz *= 2)
-      for (int ty = 1; tz * ty <= rows; ty *= 2) {
-        const Int3 t{std::min(tz, z.extent), std::min(ty, y.extent), std::min(rows / tz / ty, x.extent)};
-        const double tiles =
-            double(detail::ceil_div(z.extent, t.z)) * detail::ceil_div(y.extent, t.y) * detail::ceil_div(x.extent, t.x);
-        const double cost = std::max(tiles * groups, at_once) * cost_of_tile(p, side, t, warp_tiles);
-        if (cost < least) least = cost, best = {t, warp_tiles};
+    const int rows = warp_tiles == 2 ? 7 : 6;
+    for (int z = 0; z <= rows; ++z)
+      for (int y = 0; z + y <= rows; ++y) {
+        const int x = rows - z - y;
+        const double tiles = axes[0].tiles(z) * axes[1].tiles(y) * axes[2].tiles(x);
+        const double cost = std::max(tiles * groups, at_once) * cost_of_tile(axes, {z, y, x}, warp_tiles, block_n(p));
+        if (cost < least) least = cost, best = {{axes[0].size(z), axes[1].size(y), axes[2].size(x)}, warp_tiles};
       }
   }
   return best;
