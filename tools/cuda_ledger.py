@@ -17,9 +17,9 @@ ROOT = Path(__file__).parent.parent
 MOST_PER_PASS, MOST = 24, 100
 # What may exceed the budgets, and why.
 EXCEPTIONS = {
-    ("portable", "fwd"): (30, "two families; a bias in the same window kernel made the others spill registers"),
+    ("portable", "fwd"): (34, "two families; a bias in the same window kernel made the others spill; 16 or 32 rows"),
     ("portable", "bwd"): (34, "two families of two kernels each, for queries and for keys"),
-    "all": (112, "the two above; the oracle's 36 take four element types"),
+    "all": (116, "the two above; the oracle's 36 take four element types"),
 }
 DTYPE_ONLY = "one per element type: the type is all that changes instructions"
 ANY_DTYPE = "the type is a branch at run time"
@@ -36,7 +36,7 @@ WHY = {
     ("cuda-reference", "weigh_keys"): ("unfused", DTYPE_ONLY),
     ("cuda-reference", "weigh_queries"): ("unfused", DTYPE_ONLY),
     ("cuda-reference", "sum_bias"): ("unfused", DTYPE_ONLY),
-    ("portable", "forward"): ("fwd", BUCKETS),
+    ("portable", "forward"): ("fwd", BUCKETS + "; of 64 and 128 also for 32 rows of a warp, which share fragments"),
     ("portable", "dq"): ("bwd", BUCKETS),
     ("portable", "dkdv"): ("bwd", BUCKETS),
     ("portable", "window_forward"): ("fwd", WINDOW + "; 2 octets also as a ring; with and without a bias"),

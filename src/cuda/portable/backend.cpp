@@ -21,9 +21,9 @@ void list_plans(const Problem& p, Pass pass, Wanted wanted, PlanList& list) {
     list.rejections.push_back({"portable/boxes", reason});
     return;
   }
-  list.plans.push_back({kBackend.name, kBoxes, boxes_tile(p)});
+  list.plans.push_back({kBackend.name, kBoxes, boxes_tile(p, pass)});
   if (p.dtype == DType::f32)
-    list.plans.push_back({kBackend.name, kBoxesTf32, boxes_tile(p)});
+    list.plans.push_back({kBackend.name, kBoxesTf32, boxes_tile(p, pass)});
   else
     list.rejections.push_back({"portable/boxes-tf32", "it runs float32 only"});
 }

@@ -71,29 +71,75 @@ int64_t positions_seen(const Axis& group, Side side, int tile) {
 
 namespace {
 
-// The shape of a tile that makes the least work; kBlockM rows of it are worked on whether they exist or not.
-Int3 choose_tile(const Problem& p, Side side) {
-  const Axis z = group_axis(p.axes[0], 0), y = group_axis(p.axes[1], 0), x = group_axis(p.axes[2], 0);
-  const int n = block_n(p);
-  Int3 best{1, 1, 1};
+// Whether a GPU has the shared memory: columns of two tensors in two stages, `tensors` of the tile, and tables.
+bool fits(const Problem& p, int tensors, int warp_tiles, int more_bytes = 0) {
+  constexpr int kTables = 8192;
+  const int rows = 4 * block_n(p) + tensors * warp_tiles * kBlockM;
+  return rows * bucket(p) * size_of(p.dtype) + kTables + more_bytes <= cuda::current_device()->max_shared_bytes;
+}
+
+struct Tiling {
+  Int3 tile{1, 1, 1};
+  int warp_tiles = 1;
+};
+
+// An axis of the longest dilation group: positions that 1, 2, 4, .. neighbours on it see together, and their tiles.
+struct TiledAxis {
+  int extent;
+  double seen[8];
+
+  TiledAxis(const Axis& axis, Side side) : extent(group_axis(axis, 0).extent) {
+    for (int log = 0; log < 8; ++log) seen[log] = double(positions_seen(group_axis(axis, 0), side, size(log)));
+  }
+  int size(int log) const { return std::min(1 << log, extent); }
+  double tiles(int log) const { return detail::ceil_div(extent, size(log)); }
+};
+
+// What a tile costs whose sides have these logarithms, in blocks of columns for 4 warps of 16 rows each. Rows are
+// worked on whether they exist or not, a block of columns by the warps whose rows see some of it.
+double cost_of_tile(const TiledAxis (&axes)[3], const int (&log)[3], int warp_tiles, int block_n) {
+  const int warp_rows = warp_tiles == 2 ? 5 : 4;  // logarithms as well
+  const int warp_y = std::clamp(warp_rows - log[2], 0, log[1]);
+  const int warp_z = std::clamp(warp_rows - log[2] - log[1], 0, log[0]);
+  const double row = axes[2].seen[log[2]] / block_n;
+  const double all = std::ceil(axes[0].seen[log[0]] * axes[1].seen[log[1]] * row);
+  const double begins = warp_y == log[1] ? 1 : axes[0].seen[warp_z];  // of runs of columns, each within a block
+  const double of_warp = std::min(all, axes[0].seen[warp_z] * axes[1].seen[warp_y] * row + begins);
+  // A fifth is loads and tables. Twice the rows of a warp are less than twice the work: they share fragments. A block's
+  // worth is for what surrounds the blocks.
+  return 1 + 0.2 * all + (warp_tiles == 2 ? 1.3 : 0.8) * of_warp;
+}
+
+// The shape of a tile, and the rows of a warp, that make the least work.
+Tiling choose_tiling(const Problem& p, Side side, int most_warp_tiles) {
+  const TiledAxis axes[3] = {{p.axes[0], side}, {p.axes[1], side}, {p.axes[2], side}};
+  const cuda::DeviceInfo* device = cuda::current_device();
+  const double at_once = device ? 2.0 * device->num_sms : 1.0;
+  double groups = double(p.batch) * p.heads;
+  for (const Axis& a : p.axes) groups *= num_groups(a);
+  Tiling best;
   double least = HUGE_VAL;
-  for (int tz = 1; tz <= kBlockM; tz *= 2)
-    for (int ty = 1; tz * ty <= kBlockM; ty *= 2) {
-      const Int3 t{std::min(tz, z.extent), std::min(ty, y.extent), std::min(kBlockM / tz / ty, x.extent)};
-      const double tiles =
-          double(detail::ceil_div(z.extent, t.z)) * detail::ceil_div(y.extent, t.y) * detail::ceil_div(x.extent, t.x);
-      const double columns = double(positions_seen(z, side, t.z)) * double(positions_seen(y, side, t.y)) *
-                             double(positions_seen(x, side, t.x));
-      const double cost = tiles * (n + std::ceil(columns / n) * n);  // a block's worth for what surrounds the blocks
-      if (cost < least) least = cost, best = t;
-    }
+  for (int warp_tiles = 1; warp_tiles <= most_warp_tiles; ++warp_tiles) {
+    const int rows = warp_tiles == 2 ? 7 : 6;
+    for (int z = 0; z <= rows; ++z)
+      for (int y = 0; z + y <= rows; ++y) {
+        const int x = rows - z - y;
+        const double tiles = axes[0].tiles(z) * axes[1].tiles(y) * axes[2].tiles(x);
+        const double cost = std::max(tiles * groups, at_once) * cost_of_tile(axes, {z, y, x}, warp_tiles, block_n(p));
+        if (cost < least) least = cost, best = {{axes[0].size(z), axes[1].size(y), axes[2].size(x)}, warp_tiles};
+      }
+  }
   return best;
 }
 
-void set_tile(BoxesParams& params, Side side) {
-  const Problem& p = params.problem;
+Tiling forward_tiling(const Problem& p) {
+  const int most = most_warp_tiles(size_of(p.dtype), bucket(p));
+  return choose_tiling(p, Side::queries, fits(p, 1, most) ? most : 1);
+}
+
+void set_tiling(BoxesParams& params, Side side, const Tiling& tiling) {
   params.side = side;
-  params.tile = side == Side::extra_keys ? Int3{1, 1, std::min(p.extra_keys, kBlockM)} : choose_tile(p, side);
+  params.tile = tiling.tile, params.warp_tiles = tiling.warp_tiles;
   params.tile_x = FastDiv(params.tile.x), params.tile_y = FastDiv(params.tile.y);
   set_items(params);
 }
@@ -142,7 +188,9 @@ int bias_pieces(const Problem& p) {
   return int(std::clamp<int64_t>(std::min(blocks / p.heads + 1, fit), 1, 1024));
 }
 
-Int3 boxes_tile(const Problem& p) { return choose_tile(p, Side::queries); }
+Int3 boxes_tile(const Problem& p, Pass pass) {
+  return (pass == Pass::forward ? forward_tiling(p) : choose_tiling(p, Side::queries, 1)).tile;
+}
 
 const char* why_not_boxes(const Problem& p, Pass pass) {
   if (p.dtype == DType::f64) return "it does not run float64";
@@ -154,10 +202,9 @@ const char* why_not_boxes(const Problem& p, Pass pass) {
   if (bias_entries(p) > kMostBiasEntries) return "the relative position bias has more than 2^26 entries per head";
   // Tiles of one token are the most that there can be.
   if (double(p.batch) * double(p.tokens()) * p.heads > double(kMostItems)) return "there are more than 2^31 queries";
-  const int columns = 4 * block_n(p), tile = (pass == Pass::forward ? 1 : 2) * kBlockM;
-  const int shared =
-      (columns + tile) * bucket(p) * size_of(p.dtype) + (p.has_bias && pass == Pass::backward ? 16384 : 0) + 4096;
-  if (shared > cuda::current_device()->max_shared_bytes) return "it needs more shared memory than this GPU has";
+  const bool backward = pass == Pass::backward;
+  if (!fits(p, backward ? 2 : 1, 1, backward && p.has_bias ? 16384 : 0))
+    return "it needs more shared memory than this GPU has";
   return nullptr;
 }
 
@@ -176,7 +223,7 @@ size_t boxes_workspace(const Problem& p, Pass pass, std::span<const BoxesSample>
 void boxes_forward(const Problem& p, const ForwardArgs& args, std::span<const BoxesSample> samples, bool tf32,
                    void* stream) {
   BoxesParams params = forward_params(p, args, samples, tf32);
-  set_tile(params, Side::queries);
+  set_tiling(params, Side::queries, forward_tiling(p));
   launch_forward(params, stream);
 }
 
@@ -188,7 +235,7 @@ void boxes_backward(const Problem& p, const BackwardArgs& args, std::span<const 
   params.dout = rows(p, args.dout, p.head_dim_v), params.dlse = args.dlse;
   run_row_stats(params, tokens, stream);
 
-  set_tile(params, Side::queries);
+  set_tiling(params, Side::queries, choose_tiling(p, Side::queries, 1));
   params.dq = rows(p, args.dq, p.head_dim);
   if (args.dbias && p.has_bias) {
     params.bias_sums = reinterpret_cast<float*>(static_cast<char*>(workspace) + stats_bytes(p, tokens));
@@ -199,12 +246,12 @@ void boxes_backward(const Problem& p, const BackwardArgs& args, std::span<const 
   if (params.bias_sums) launch_reduce_bias(p, params.bias_sums, params.bias_pieces * kWarps, args.dbias, stream);
 
   if (p.has_window() && (args.dk || args.dv)) {
-    set_tile(params, Side::keys);
+    set_tiling(params, Side::keys, choose_tiling(p, Side::keys, 1));
     params.dk = rows(p, args.dk, p.head_dim, true), params.dv = rows(p, args.dv, p.head_dim_v, true);
     launch_dkdv(params, stream);
   }
   if (p.extra_keys > 0 && (args.dextra_k || args.dextra_v)) {
-    set_tile(params, Side::extra_keys);
+    set_tiling(params, Side::extra_keys, {{1, 1, std::min(p.extra_keys, kBlockM)}});
     params.dk = rows(p, args.dextra_k, p.head_dim, true), params.dv = rows(p, args.dextra_v, p.head_dim_v, true);
     launch_dkdv(params, stream);
   }

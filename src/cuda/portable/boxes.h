@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 // What the host tells the "boxes" kernels, which run every problem.
 //
-// A work item is a *tile*: up to kBlockM tokens of one dilation group, one sample and one head, in the shape
-// `BoxesParams::tile`. What its windows (or inverse windows) touch on the other side is a box of positions too, and the
-// kernel walks over that box in flat order, kBlockN positions at a time; a per-axis table of bits says which of them
-// each row of the tile sees. So rank, window, dilation, stride, causality and tile shape are all run-time.
+// A work item is a *tile*: up to kBlockM tokens, or twice as many, of one dilation group, one sample and one head, in
+// the shape `BoxesParams::tile`. What its windows (or inverse windows) touch on the other side is a box of positions
+// too, and the kernel walks over that box in flat order, kBlockN positions at a time; a per-axis table of bits says
+// which of them each row of the tile sees. So rank, window, dilation, stride, causality and tile are all run-time.
 #pragma once
 #include <cstddef>
 
@@ -13,10 +13,11 @@
 
 namespace natten::cuda_portable {
 
-constexpr int kBlockM = 64;    ///< rows of a tile
-constexpr int kThreads = 128;  ///< four warps of 16 rows
+constexpr int kThreads = 128;  ///< of a block: four warps
+constexpr int kBlockM = 64;    ///< rows of a tile: 16 of each warp, or in some kernels twice that
 constexpr int kMaxHeadDim = 256, kMaxHeadDimF32 = 128;
-constexpr int kMaxCoords = kBlockM + 2;  ///< distinct coordinates of a tile, all axes together: z + y + x, z*y*x <= 64
+/// Distinct coordinates of a tile, all axes together: z + y + x where z * y * x <= rows.
+constexpr int most_coords(int rows) { return rows + 2; }
 
 /// Channels that a problem's kernels are compiled for: the bucket in which both head dims fit.
 inline int bucket(const Problem& p) {
@@ -26,6 +27,11 @@ inline int bucket(const Problem& p) {
 
 /// Columns of a block, by bytes of an element and channels: what fits in shared memory and registers.
 constexpr int block_columns(int element, int head_dim) { return element == 4 || head_dim > 128 ? 32 : 64; }
+
+/// How many times 16 rows a warp of the forward pass can have: what the registers hold.
+constexpr int most_warp_tiles(int element, int head_dim) {
+  return element == 2 && (head_dim == 64 || head_dim == 128) ? 2 : 1;
+}
 
 /// A tensor of rows of `dim` elements. `vector`: 16-byte loads and stores are possible.
 struct Rows {
@@ -59,7 +65,8 @@ struct BoxesParams {
   Rows q, k, v, extra_k, extra_v, out, dout, dq, dk, dv;  ///< dk, dv: of additional keys if those are the side
   TensorView bias, lse, dlse;
   Side side = Side::queries;
-  Int3 tile;  ///< shape of a tile; volume at most kBlockM
+  Int3 tile;           ///< shape of a tile; volume at most kBlockM * warp_tiles
+  int warp_tiles = 1;  ///< 16 rows each
   FastDiv tile_x, tile_y;
   FastDiv by_tiles[3], by_groups[3], by_heads;  ///< of the number of an item of an only sample; per axis
   int num_items = 0;

@@ -15,101 +15,101 @@ struct DKDV {
   static constexpr int kSlice = kHeadDim <= 128 ? kHeadDim : 128;  // channels of dk and dv that fit in registers
   using Map = SharedMap<T, kHeadDim, kBlockN, 2>;
 
+  using Masks = RowMasks<1, kBlockN>;
+  using Scores = float[1][kBlockN / 8][4];
+
   const BoxesParams& p;
-  const Item& item;
-  const ThreadRows rows;
-  const Box box;
-  const int blocks_per_head, num_blocks;
-  const int first_chunk;  // of the slice
   unsigned char* smem;
+  const ThreadRows<1> rows;
+  int blocks_per_head, num_blocks;
+  const int first_chunk;  // of the slice
   uint32_t shared;
   bool contain = false;  // see fragments.cuh
 
-  float acc_dk[kSlice / 8][4], acc_dv[kSlice / 8][4];
+  float acc_dk[1][kSlice / 8][4], acc_dv[1][kSlice / 8][4];
 
-  __device__ DKDV(const BoxesParams& params, const Item& work, unsigned char* memory, int slice)
+  /// Fills the tables of the item, which threads may read after the next barrier.
+  __device__ DKDV(const BoxesParams& params, const Item& item, unsigned char* memory, int slice)
       : p(params),
-        item(work),
-        rows(params, work),
-        box(box_of(params, work)),
-        blocks_per_head(detail::ceil_div(box.volume, kBlockN)),
-        num_blocks(blocks_per_head * params.problem.heads_per_kv()),
-        first_chunk(slice * kSlice / kPerChunk<T>),
         smem(memory),
-        shared(ptx::shared_address(memory)) {}
+        rows(params, item),
+        first_chunk(slice * kSlice / kPerChunk<T>),
+        shared(ptx::shared_address(memory)) {
+    const Box box = box_of(p, item);
+    blocks_per_head = detail::ceil_div(box.volume, kBlockN);
+    num_blocks = blocks_per_head * p.problem.heads_per_kv();
+    const int head = item.head * p.problem.heads_per_kv();
+    const Gather<T> q = queries<T>(p.q, item, head, box.begin), dout = queries<T>(p.dout, item, head, box.begin);
+    const Gather<RowStats> stats = queries<RowStats>(Rows{p.stats, 1, false}, item, head, box.begin);
+    fill_tables<Map>(smem, p, Work<T>{item, box, {}, {q, dout}, {}, stats});
+  }
 
-  __device__ uint32_t* bits(int stage) const {
-    return reinterpret_cast<uint32_t*>(smem + Map::kBits) + stage * kMaxCoords * Map::kWords;
-  }
-  __device__ int* terms(int stage) const { return reinterpret_cast<int*>(smem + Map::kTerms) + stage * kBlockN; }
-  __device__ RowStats* stats(int stage) const {
-    return reinterpret_cast<RowStats*>(smem + Map::kStats) + stage * kBlockN;
-  }
-  __device__ int head(int block) const { return item.head * p.problem.heads_per_kv() + block / blocks_per_head; }
-  __device__ BiasTable<T> bias(int block) const {
-    BiasTable<T> table(p, head(block));
-    if (p.side == Side::extra_keys) table.table = nullptr;
-    return table;
-  }
+  __device__ const Item& item() const { return Map::work(smem).item; }
+  __device__ const Box& box() const { return Map::work(smem).box; }
+  /// Among the heads that share the tile's; seldom more than one.
+  __device__ int head(int block) const { return num_blocks == blocks_per_head ? 0 : block / blocks_per_head; }
+  __device__ int first(int block) const { return (block - head(block) * blocks_per_head) * kBlockN; }
+  __device__ bool has_bias() const { return p.problem.has_bias && p.side != Side::extra_keys; }
   template <class E>
-  __device__ Gather<E> queries(const Rows& tensor, int block) const {
-    return p.side == Side::extra_keys ? gather_plain<E>(p, tensor, item, head(block), box.begin)
-                                      : gather_group<E>(p, tensor, item, head(block), box.begin);
+  __device__ Gather<E> queries(const Rows& tensor, const Item& item, int head, Int3 begin) const {
+    return p.side == Side::extra_keys ? gather_plain<E>(p, tensor, item, head, begin)
+                                      : gather_group<E>(p, tensor, item, head, begin);
   }
 
-  __device__ __forceinline__ void prefetch(int block) {
+  /// As in walk.cuh: lists a block's rows, and then loads them.
+  __device__ __forceinline__ void list(int block) const {
+    if (block >= num_blocks) return;
+    list_columns<kBlockN>(Map::list(smem, block), Map::work(smem).in_box, box(), first(block),
+                          head(block) * p.q.view.strides[4], head(block) * p.dout.view.strides[4]);
+  }
+  __device__ __forceinline__ void load(int block) const {
     if (block < num_blocks) {
-      const int stage = block % 2, first = block % blocks_per_head * kBlockN;
-      load_columns<T, kHeadDim, kBlockN>(shared + Map::columns(stage, 0), shared + Map::columns(stage, 1),
-                                         queries<T>(p.q, block), queries<T>(p.dout, block), box, first);
-      fill_bits<kBlockN>(bits(stage), reinterpret_cast<Span*>(smem + Map::kSpans), p.tile, box, first,
+      const Gather<T>* from = Map::work(smem).in_box;
+      load_columns<T, kHeadDim, kBlockN>(shared + Map::columns(block % 2, 0), shared + Map::columns(block % 2, 1),
+                                         Map::list(smem, block), p.q.dim, p.dout.dim, from[0].vector && from[1].vector);
+      fill_bits<kBlockN>(Map::bits(smem, block), Map::spans(smem), p.tile, box(), first(block),
                          p.side == Side::extra_keys);
-      const BiasTable<T> table = bias(block);
-      if (table.table) fill_terms<kBlockN>(terms(stage), table, box, first);
-      if (threadIdx.x < kBlockN) {
-        const int flat = first + threadIdx.x;
-        const bool exists = flat < box.volume;
-        const Gather<RowStats> from = queries<RowStats>(Rows{p.stats, 1, false}, block);
-        ptx::cp_async_8(ptx::shared_address(stats(stage) + threadIdx.x), exists ? from.at(box.split(flat)) : from.base,
-                        exists);
-      }
+      if (has_bias()) fill_terms<kBlockN>(Map::terms(smem, block), BiasTable<T>(p, item().head), box(), first(block));
+      load_stats(block);
     }
     ptx::cp_async_commit();
   }
+  __device__ __forceinline__ void load_stats(int block) const {
+    if (threadIdx.x >= kBlockN) return;
+    const int flat = first(block) + threadIdx.x;
+    const bool exists = flat < box().volume;
+    const RowStats* from = Map::work(smem).stats.at(box().split(exists ? flat : 0)) + head(block) * p.stats.strides[4];
+    ptx::cp_async_8(ptx::shared_address(Map::stats(smem, block) + threadIdx.x), from, exists);
+  }
 
   /// acc_s: base-2 logits, become probabilities; acc_dp becomes dS.
-  __device__ __forceinline__ void score_gradients(float (&acc_s)[kBlockN / 8][4], float (&acc_dp)[kBlockN / 8][4],
-                                                  const RowMasks<kBlockN>& masks, const RowStats* columns) {
+  __device__ __forceinline__ void score_gradients(Scores& acc_s, Scores& acc_dp, const Masks& masks,
+                                                  const RowStats* columns) const {
+    masks.apply(acc_s, -INFINITY);
 #pragma unroll
     for (int n = 0; n < kBlockN / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const RowStats column = columns[8 * n + threadIdx.x % 4 * 2 + e % 2];
-        const bool sees = masks.all || masks.sees(n, e);
-        const float probability = ptx::exp2_approx(acc_s[n][e] - column.lse_log2);
-        acc_s[n][e] = sees ? probability : 0;
-        acc_dp[n][e] = sees ? probability * (acc_dp[n][e] - column.delta) : 0;
+        acc_s[0][n][e] = ptx::exp2_approx(acc_s[0][n][e] - column.lse_log2);
+        acc_dp[0][n][e] = acc_s[0][n][e] * (acc_dp[0][n][e] - column.delta);
       }
+    if (contain) masks.apply(acc_dp, 0);  // else a difference that is not finite shows in the sums
   }
 
   __device__ __forceinline__ void run_block(int block) {
-    const int stage = block % 2;
-    const RowMasks<kBlockN> masks(bits(stage), rows);
+    const Masks masks(Map::bits(smem, block), rows);
     if (!masks.any && !contain) return;
-    const uint32_t q = shared + Map::columns(stage, 0), dout = shared + Map::columns(stage, 1);
-    float acc_s[kBlockN / 8][4], acc_dp[kBlockN / 8][4];
-    multiply_transposed<T, kHeadDim, kBlockN>(acc_s, shared + Map::tile(0), q, p.q.dim, p.tf32);
-    multiply_transposed<T, kHeadDim, kBlockN>(acc_dp, shared + Map::tile(1), dout, p.v.dim, p.tf32);
-#pragma unroll
-    for (int n = 0; n < kBlockN / 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) acc_s[n][e] *= p.scale_log2;
-    const BiasTable<T> table = bias(block);
-    if (table.table) {
-      const int row_terms[2] = {table.term(sum(item.origin, rows.at[0])), table.term(sum(item.origin, rows.at[1]))};
-      add_bias<T, kBlockN>(acc_s, table, terms(stage), row_terms, masks);
+    const uint32_t q = shared + Map::columns(block % 2, 0), dout = shared + Map::columns(block % 2, 1);
+    Scores acc_s, acc_dp;
+    multiply_transposed<T, kHeadDim, kBlockN, 1>(acc_s, shared + Map::tile(0), q, p.q.dim, p.tf32);
+    multiply_transposed<T, kHeadDim, kBlockN, 1>(acc_dp, shared + Map::tile(1), dout, p.v.dim, p.tf32);
+    scale(acc_s, p.scale_log2);
+    if (has_bias()) {
+      const int query_head = item().head * p.problem.heads_per_kv() + head(block);
+      add_bias<T, 1, kBlockN>(acc_s, p, item(), query_head, Map::terms(smem, block), masks);
     }
-    score_gradients(acc_s, acc_dp, masks, stats(stage));
+    score_gradients(acc_s, acc_dp, masks, Map::stats(smem, block));
     if (contain) {
       add_nonfinite<T, kHeadDim, kBlockN, kSlice>(acc_dv, dout, first_chunk, masks);
       __syncthreads();
@@ -117,18 +117,22 @@ struct DKDV {
       clear_nonfinite<T, kHeadDim, kBlockN>(dout);
       __syncthreads();
     }
-    multiply_add<T, kHeadDim, kBlockN, kSlice>(acc_dv, acc_s, dout, first_chunk, p.v.dim, p.tf32);
-    multiply_add<T, kHeadDim, kBlockN, kSlice>(acc_dk, acc_dp, q, first_chunk, p.q.dim, p.tf32);
+    multiply_add<T, kHeadDim, kBlockN, kSlice, 1>(acc_dv, acc_s, dout, first_chunk, p.v.dim, p.tf32);
+    multiply_add<T, kHeadDim, kBlockN, kSlice, 1>(acc_dk, acc_dp, q, first_chunk, p.q.dim, p.tf32);
   }
 
   /// All blocks. Returns whether every sum of this block of threads is finite.
   __device__ __forceinline__ bool run() {
-    clear(acc_dk), clear(acc_dv);
-    prefetch(0);
+    clear(acc_dk[0]), clear(acc_dv[0]);
+    list(0);
+    __syncthreads();
+    load(0);
+    list(1);
     for (int block = 0; block < num_blocks; ++block) {
       ptx::cp_async_wait<0>();
       __syncthreads();
-      prefetch(block + 1);
+      load(block + 1);
+      list(block + 2);
       run_block(block);
     }
     ptx::cp_async_wait<0>();
@@ -136,13 +140,14 @@ struct DKDV {
   }
 
   __device__ __forceinline__ void store() {
-    const float scale[2] = {float(p.problem.scale), float(p.problem.scale)}, one[2] = {1, 1};
-    if (p.dk.view.ptr)
-      store_rows<T, kHeadDim, kSlice>(acc_dk, scale, shared + Map::tile(0), p, item, gather_tile<T>(p, p.dk, item),
-                                      first_chunk);
-    if (p.dv.view.ptr)
-      store_rows<T, kHeadDim, kSlice>(acc_dv, one, shared + Map::tile(1), p, item, gather_tile<T>(p, p.dv, item),
-                                      first_chunk);
+    const float scale[1][2] = {{float(p.problem.scale), float(p.problem.scale)}}, one[1][2] = {{1, 1}};
+    const auto store = [&](const auto& acc, const auto& factor, int tile, const Rows& to) {
+      if (to.view.ptr)
+        store_rows<T, kHeadDim, kSlice, 1>(acc, factor, shared + Map::tile(tile), p, item(),
+                                           gather_tile<T>(p, to, item()), first_chunk);
+    };
+    store(acc_dk, scale, 0, p.dk);
+    store(acc_dv, one, 1, p.dv);
   }
 };
 
@@ -154,13 +159,12 @@ __global__ void __launch_bounds__(kThreads, kHeadDim <= 32    ? 3
   using Map = typename DKDV<T, kHeadDim>::Map;
   const Item item = decode_item(p, blockIdx.x);
   if (item.empty) return;
-  fill_spans(reinterpret_cast<Span*>(smem + Map::kSpans), p, item);
   const uint32_t shared = ptx::shared_address(smem);
   const bool extra = p.side == Side::extra_keys;
-  load_tile<T, kHeadDim>(shared + Map::tile(0), p, item, gather_tile<T>(p, extra ? p.extra_k : p.k, item));
-  load_tile<T, kHeadDim>(shared + Map::tile(1), p, item, gather_tile<T>(p, extra ? p.extra_v : p.v, item));
-  __syncthreads();
+  load_tile<T, kHeadDim, Map::kRows>(shared + Map::tile(0), p, item, gather_tile<T>(p, extra ? p.extra_k : p.k, item));
+  load_tile<T, kHeadDim, Map::kRows>(shared + Map::tile(1), p, item, gather_tile<T>(p, extra ? p.extra_v : p.v, item));
   DKDV<T, kHeadDim> dkdv(p, item, smem, blockIdx.y);
+  __syncthreads();
   while (!dkdv.run() && !dkdv.contain) dkdv.contain = true;
   dkdv.store();
 }

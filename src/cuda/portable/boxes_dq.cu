@@ -1,94 +1,61 @@
 // SPDX-License-Identifier: MIT
 // Backward, any problem, the part of the queries: dq, and the sums for the gradient of the bias.
 //
-// Per block of keys: S = Q K^T, P = exp2(S - lse), dP = dO V^T, dS = P * (dP - delta), dQ += dS K. The same walk over
-// the key box and the additional keys as in boxes_forward.cu, which explains the pipeline.
+// Per block of keys (walk.cuh): S = Q K^T, P = exp2(S - lse), dP = dO V^T, dS = P * (dP - delta), dQ += dS K.
 #include "cuda/launch.h"
 #include "cuda/portable/dispatch.cuh"
 #include "cuda/portable/fragments.cuh"
+#include "cuda/portable/walk.cuh"
 
 namespace natten::cuda_portable {
 template <class T, int kHeadDim>
 struct DQ {
   static constexpr int kBlockN = block_columns(sizeof(T), kHeadDim);
   using Map = SharedMap<T, kHeadDim, kBlockN, 2>;
+  using Walk = KeyWalk<T, kHeadDim, Map>;
+  using Masks = RowMasks<1, kBlockN>;
+  using Scores = float[1][kBlockN / 8][4];
   static constexpr uint32_t kStagingBytes = kBlockM * kBlockN * 4;  // of dS, where there is a bias
 
   const BoxesParams& p;
-  const Item& item;
-  const ThreadRows rows;
-  const BiasTable<T> bias;
-  const Box box, extra;
-  const int box_blocks, num_blocks;
-  unsigned char* smem;
+  const Walk& walk;
+  const ThreadRows<1> rows;
   uint32_t shared;
   float* bias_sums;      // of this warp
   bool contain = false;  // see fragments.cuh
 
-  float acc_dq[kHeadDim / 8][4];
+  float acc_dq[1][kHeadDim / 8][4];
   float lse_log2[2], delta[2];
 
-  __device__ DQ(const BoxesParams& params, const Item& work, unsigned char* memory, float* sums)
-      : p(params),
-        item(work),
-        rows(params, work),
-        bias(params, work.head),
-        box(box_of(params, work)),
-        extra({0, 0, 0}, {1, 1, params.samples[work.sample].extra_keys}),
-        box_blocks(detail::ceil_div(box.volume, kBlockN)),
-        num_blocks(box_blocks + detail::ceil_div(extra.volume, kBlockN)),
-        smem(memory),
-        shared(ptx::shared_address(memory)),
-        bias_sums(sums) {
+  __device__ DQ(const Walk& keys, const Item& item, float* sums)
+      : p(keys.p), walk(keys), rows(p, item), shared(ptx::shared_address(keys.smem)), bias_sums(sums) {
     const Gather<RowStats> stats = gather_tile<RowStats>(p, Rows{p.stats, 1, false}, item);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const RowStats s = *stats.at(rows.at[i]);
+      const RowStats s = *stats.at(tile_row(p, item, thread_row<1>(0, i)));
       lse_log2[i] = s.lse_log2, delta[i] = s.delta;
     }
   }
 
-  __device__ uint32_t* bits(int stage) const {
-    return reinterpret_cast<uint32_t*>(smem + Map::kBits) + stage * kMaxCoords * Map::kWords;
-  }
-  __device__ int* terms(int stage) const { return reinterpret_cast<int*>(smem + Map::kTerms) + stage * kBlockN; }
-
-  __device__ __forceinline__ void prefetch(int block) {
-    if (block < num_blocks) {
-      const int stage = block % 2, head_kv = item.head / p.problem.heads_per_kv();
-      const bool in_box = block < box_blocks;
-      const Box from = in_box ? box : extra;
-      const int first = (in_box ? block : block - box_blocks) * kBlockN;
-      const Gather<T> k = in_box ? gather_group<T>(p, p.k, item, head_kv, box.begin)
-                                 : gather_plain<T>(p, p.extra_k, item, head_kv, {0, 0, 0});
-      const Gather<T> v = in_box ? gather_group<T>(p, p.v, item, head_kv, box.begin)
-                                 : gather_plain<T>(p, p.extra_v, item, head_kv, {0, 0, 0});
-      load_columns<T, kHeadDim, kBlockN>(shared + Map::columns(stage, 0), shared + Map::columns(stage, 1), k, v, from,
-                                         first);
-      fill_bits<kBlockN>(bits(stage), reinterpret_cast<Span*>(smem + Map::kSpans), p.tile, from, first, !in_box);
-      if (bias.table) fill_terms<kBlockN>(terms(stage), bias, from, first);
-    }
-    ptx::cp_async_commit();
-  }
-
   /// acc_s: base-2 logits, becomes dS.
-  __device__ __forceinline__ void score_gradients(float (&acc_s)[kBlockN / 8][4], const float (&acc_dp)[kBlockN / 8][4],
-                                                  const RowMasks<kBlockN>& masks) {
+  __device__ __forceinline__ void score_gradients(Scores& acc_s, const Scores& acc_dp, const Masks& masks) {
 #pragma unroll
     for (int n = 0; n < kBlockN / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float probability = ptx::exp2_approx(acc_s[n][e] - lse_log2[e / 2]);
-        const float gradient = probability * (acc_dp[n][e] - delta[e / 2]);
-        acc_s[n][e] = masks.all || masks.sees(n, e) ? gradient : 0;
+        const float probability = ptx::exp2_approx(acc_s[0][n][e] - lse_log2[e / 2]);
+        acc_s[0][n][e] = probability * (acc_dp[0][n][e] - delta[e / 2]);
       }
+    masks.apply(acc_s, 0);
   }
 
   /// Adds dS to the table of this warp. Columns of one row meet different entries, so rows go one after the other:
   /// no atomics, and always the same order.
-  __device__ __forceinline__ void add_to_bias(const float (&acc_ds)[kBlockN / 8][4], int first) {
+  __device__ __forceinline__ void add_to_bias(const Scores& acc_ds, int first) {
+    const Item& item = walk.item();
+    const Box& box = walk.box(0);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float* staging = reinterpret_cast<float*>(smem + Map::kBytes) + warp * 16 * kBlockN;
+    float* staging = reinterpret_cast<float*>(walk.smem + Map::kBytes) + warp * 16 * kBlockN;
     const Axis* a = p.problem.axes;
     const int64_t x = 1, y = 2 * a[2].window - 1, z = y * (2 * a[1].window - 1);
     const int origin = bias_index(a[0], 0, 0) * z + bias_index(a[1], 0, 0) * y + bias_index(a[2], 0, 0) * x;
@@ -96,7 +63,7 @@ struct DQ {
     for (int n = 0; n < kBlockN / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        staging[(lane / 4 + e / 2 * 8) * kBlockN + 8 * n + lane % 4 * 2 + e % 2] = acc_ds[n][e];
+        staging[(lane / 4 + e / 2 * 8) * kBlockN + 8 * n + lane % 4 * 2 + e % 2] = acc_ds[0][n][e];
     int term[kBlockN / 32];
 #pragma unroll
     for (int w = 0; w < kBlockN / 32; ++w)
@@ -116,22 +83,16 @@ struct DQ {
   }
 
   __device__ __forceinline__ void run_block(int block) {
-    const int stage = block % 2;
-    const RowMasks<kBlockN> masks(bits(stage), rows);
+    const Masks masks(Map::bits(walk.smem, block), rows);
     if (!masks.any && !contain) return;
-    const uint32_t k = shared + Map::columns(stage, 0), v = shared + Map::columns(stage, 1);
-    float acc_s[kBlockN / 8][4], acc_dp[kBlockN / 8][4];
-    multiply_transposed<T, kHeadDim, kBlockN>(acc_s, shared + Map::tile(0), k, p.q.dim, p.tf32);
-    multiply_transposed<T, kHeadDim, kBlockN>(acc_dp, shared + Map::tile(1), v, p.v.dim, p.tf32);
-#pragma unroll
-    for (int n = 0; n < kBlockN / 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) acc_s[n][e] *= p.scale_log2;
-    const bool in_box = block < box_blocks;
-    if (bias.table && in_box) {
-      const int row_terms[2] = {bias.term(sum(item.origin, rows.at[0])), bias.term(sum(item.origin, rows.at[1]))};
-      add_bias<T, kBlockN>(acc_s, bias, terms(stage), row_terms, masks);
-    }
+    const uint32_t k = shared + Map::columns(block % 2, 0), v = shared + Map::columns(block % 2, 1);
+    Scores acc_s, acc_dp;
+    multiply_transposed<T, kHeadDim, kBlockN, 1>(acc_s, shared + Map::tile(0), k, p.q.dim, p.tf32);
+    multiply_transposed<T, kHeadDim, kBlockN, 1>(acc_dp, shared + Map::tile(1), v, p.v.dim, p.tf32);
+    scale(acc_s, p.scale_log2);
+    const bool in_box = walk.in_box(block);
+    if (p.problem.has_bias && in_box)
+      add_bias<T, 1, kBlockN>(acc_s, p, walk.item(), walk.item().head, Map::terms(walk.smem, block), masks);
     score_gradients(acc_s, acc_dp, masks);
     if (bias_sums && in_box && !contain) add_to_bias(acc_s, block * kBlockN);
     if (contain) {
@@ -139,17 +100,15 @@ struct DQ {
       clear_nonfinite<T, kHeadDim, kBlockN>(k);
       __syncthreads();
     }
-    multiply_add<T, kHeadDim, kBlockN, kHeadDim>(acc_dq, acc_s, k, 0, p.q.dim, p.tf32);
+    multiply_add<T, kHeadDim, kBlockN, kHeadDim, 1>(acc_dq, acc_s, k, 0, p.q.dim, p.tf32);
   }
 
   /// All blocks. Returns whether every sum of this block of threads is finite.
   __device__ __forceinline__ bool run() {
-    clear(acc_dq);
-    prefetch(0);
-    for (int block = 0; block < num_blocks; ++block) {
-      ptx::cp_async_wait<0>();
-      __syncthreads();
-      prefetch(block + 1);
+    clear(acc_dq[0]);
+    walk.start();
+    for (int block = 0; block < walk.num_blocks; ++block) {
+      walk.proceed_to(block);
       run_block(block);
     }
     ptx::cp_async_wait<0>();
@@ -158,8 +117,9 @@ struct DQ {
 
   __device__ __forceinline__ void store() {
     if (!p.dq.view.ptr) return;
-    const float factor[2] = {float(p.problem.scale), float(p.problem.scale)};
-    store_rows<T, kHeadDim, kHeadDim>(acc_dq, factor, shared, p, item, gather_tile<T>(p, p.dq, item), 0);
+    const float factor[1][2] = {{float(p.problem.scale), float(p.problem.scale)}};
+    const Item& item = walk.item();
+    store_rows<T, kHeadDim, kHeadDim, 1>(acc_dq, factor, shared, p, item, gather_tile<T>(p, p.dq, item), 0);
   }
 };
 
@@ -169,12 +129,12 @@ __device__ void run_item(const BoxesParams& p, int index, unsigned char* smem, f
   const Item item = decode_item(p, index);
   if (item.empty) return;
   __syncthreads();  // the item before may still use shared memory
-  fill_spans(reinterpret_cast<Span*>(smem + Map::kSpans), p, item);
+  const typename DQ<T, kHeadDim>::Walk walk(p, item, smem);
   const uint32_t shared = ptx::shared_address(smem);
-  load_tile<T, kHeadDim>(shared + Map::tile(0), p, item, gather_tile<T>(p, p.q, item));
-  load_tile<T, kHeadDim>(shared + Map::tile(1), p, item, gather_tile<T>(p, p.dout, item));
+  load_tile<T, kHeadDim, Map::kRows>(shared + Map::tile(0), p, item, gather_tile<T>(p, p.q, item));
+  load_tile<T, kHeadDim, Map::kRows>(shared + Map::tile(1), p, item, gather_tile<T>(p, p.dout, item));
   __syncthreads();
-  DQ<T, kHeadDim> dq(p, item, smem, bias_sums);
+  DQ<T, kHeadDim> dq(walk, item, bias_sums);
   while (!dq.run() && !dq.contain) dq.contain = true;
   dq.store();
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Products of a warp's 16 rows with a block of columns, operands in swizzled shared memory (columns.cuh).
+// Products of a warp's rows with a block of columns, operands in swizzled shared memory (columns.cuh).
 #pragma once
 #include <type_traits>
 
@@ -7,67 +7,85 @@
 
 namespace natten::cuda_portable {
 
-/// acc[16 x kBlockN] = rows[16 x kHeadDim] * columns[kBlockN x kHeadDim]^T; `rows` is the address of the whole tile.
-template <class T, int kHeadDim, int kBlockN>
-__device__ __forceinline__ void multiply_transposed(float (&acc)[kBlockN / 8][4], uint32_t rows, uint32_t columns) {
+/// acc[16 x kBlockN] of each of the warp's kWarpTiles times 16 rows = rows * columns[kBlockN x kHeadDim]^T; `rows` is
+/// the address of the whole tile. A fragment of columns is read once for all rows of the warp.
+template <class T, int kHeadDim, int kBlockN, int kWarpTiles>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[kWarpTiles][kBlockN / 8][4], uint32_t rows,
+                                                    uint32_t columns) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int a_row = warp * 16 + lane % 16, a_chunk = lane / 16;
+  const int a_row = warp * kWarpTiles * 16 + lane % 16, a_chunk = lane / 16;
   const int b_row = lane % 8 + lane / 16 * 8, b_chunk = lane / 8 % 2;
-  clear(acc);
+#pragma unroll
+  for (int m = 0; m < kWarpTiles; ++m) clear(acc[m]);
 #pragma unroll
   for (int k = 0; k < kHeadDim / 16; ++k) {
-    uint32_t a[4];
-    ptx::ldmatrix_x4(a, rows + swizzled<T, kHeadDim>(a_row, 2 * k + a_chunk));
+    uint32_t a[kWarpTiles][4];
+#pragma unroll
+    for (int m = 0; m < kWarpTiles; ++m)
+      ptx::ldmatrix_x4(a[m], rows + swizzled<T, kHeadDim>(16 * m + a_row, 2 * k + a_chunk));
 #pragma unroll
     for (int n = 0; n < kBlockN / 16; ++n) {
       uint32_t b[4];
       ptx::ldmatrix_x4(b, columns + swizzled<T, kHeadDim>(16 * n + b_row, 2 * k + b_chunk));
-      ptx::mma_16816<T>(acc[2 * n], a, b[0], b[1]);
-      ptx::mma_16816<T>(acc[2 * n + 1], a, b[2], b[3]);
+#pragma unroll
+      for (int m = 0; m < kWarpTiles; ++m) {
+        ptx::mma_16816<T>(acc[m][2 * n], a[m], b[0], b[1]);
+        ptx::mma_16816<T>(acc[m][2 * n + 1], a[m], b[2], b[3]);
+      }
     }
   }
 }
 
-/// acc[16 x kOut] += p[16 x kBlockN] * columns[kBlockN x kHeadDim], of the latter kOut channels from `first_chunk` on.
-template <class T, int kHeadDim, int kBlockN, int kOut>
-__device__ __forceinline__ void multiply_add(float (&acc)[kOut / 8][4], const float (&p)[kBlockN / 8][4],
-                                             uint32_t columns, int first_chunk) {
+/// acc[16 x kOut] += p[16 x kBlockN] * columns[kBlockN x kHeadDim] for each of the kWarpTiles times 16 rows, of the
+/// columns kOut channels from `first_chunk` on.
+template <class T, int kHeadDim, int kBlockN, int kOut, int kWarpTiles>
+__device__ __forceinline__ void multiply_add(float (&acc)[kWarpTiles][kOut / 8][4],
+                                             const float (&p)[kWarpTiles][kBlockN / 8][4], uint32_t columns,
+                                             int first_chunk) {
   const int lane = threadIdx.x % 32, row = lane % 16, chunk = first_chunk + lane / 16;
 #pragma unroll
   for (int k = 0; k < kBlockN / 16; ++k) {
-    const uint32_t a[4] = {ptx::pack<T>(p[2 * k][0], p[2 * k][1]), ptx::pack<T>(p[2 * k][2], p[2 * k][3]),
-                           ptx::pack<T>(p[2 * k + 1][0], p[2 * k + 1][1]),
-                           ptx::pack<T>(p[2 * k + 1][2], p[2 * k + 1][3])};
+    uint32_t a[kWarpTiles][4];
+#pragma unroll
+    for (int m = 0; m < kWarpTiles; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        a[m][i] = ptx::pack<T>(p[m][2 * k + i / 2][i % 2 * 2], p[m][2 * k + i / 2][i % 2 * 2 + 1]);
 #pragma unroll
     for (int n = 0; n < kOut / 16; ++n) {
       uint32_t b[4];
       ptx::ldmatrix_x4_trans(b, columns + swizzled<T, kHeadDim>(16 * k + row, chunk + 2 * n));
-      ptx::mma_16816<T>(acc[2 * n], a, b[0], b[1]);
-      ptx::mma_16816<T>(acc[2 * n + 1], a, b[2], b[3]);
+#pragma unroll
+      for (int m = 0; m < kWarpTiles; ++m) {
+        ptx::mma_16816<T>(acc[m][2 * n], a[m], b[0], b[1]);
+        ptx::mma_16816<T>(acc[m][2 * n + 1], a[m], b[2], b[3]);
+      }
     }
   }
 }
 
-/// The same for every element type. Only floats ask how many channels there are, and whether tf32 is exact enough.
-template <class T, int kHeadDim, int kBlockN>
-__device__ __forceinline__ void multiply_transposed(float (&acc)[kBlockN / 8][4], uint32_t rows, uint32_t columns,
-                                                    int dim, bool tf32) {
+/// The same for every element type. Only floats ask how many channels there are, and whether tf32 is exact enough;
+/// their warps have 16 rows.
+template <class T, int kHeadDim, int kBlockN, int kWarpTiles>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[kWarpTiles][kBlockN / 8][4], uint32_t rows,
+                                                    uint32_t columns, int dim, bool tf32) {
   if constexpr (!std::is_same_v<T, float>)
-    multiply_transposed<T, kHeadDim, kBlockN>(acc, rows, columns);
+    multiply_transposed<T, kHeadDim, kBlockN, kWarpTiles>(acc, rows, columns);
   else if (tf32)
-    f32::multiply_transposed<false, kHeadDim, kBlockN>(acc, rows, columns, dim);
+    f32::multiply_transposed<false, kHeadDim, kBlockN>(acc[0], rows, columns, dim);
   else
-    f32::multiply_transposed<true, kHeadDim, kBlockN>(acc, rows, columns, dim);
+    f32::multiply_transposed<true, kHeadDim, kBlockN>(acc[0], rows, columns, dim);
 }
-template <class T, int kHeadDim, int kBlockN, int kOut>
-__device__ __forceinline__ void multiply_add(float (&acc)[kOut / 8][4], const float (&p)[kBlockN / 8][4],
-                                             uint32_t columns, int first_chunk, int dim, bool tf32) {
+template <class T, int kHeadDim, int kBlockN, int kOut, int kWarpTiles>
+__device__ __forceinline__ void multiply_add(float (&acc)[kWarpTiles][kOut / 8][4],
+                                             const float (&p)[kWarpTiles][kBlockN / 8][4], uint32_t columns,
+                                             int first_chunk, int dim, bool tf32) {
   if constexpr (!std::is_same_v<T, float>)
-    multiply_add<T, kHeadDim, kBlockN, kOut>(acc, p, columns, first_chunk);
+    multiply_add<T, kHeadDim, kBlockN, kOut, kWarpTiles>(acc, p, columns, first_chunk);
   else if (tf32)
-    f32::multiply_add<false, kHeadDim, kBlockN>(acc, p, columns, dim);
+    f32::multiply_add<false, kHeadDim, kBlockN>(acc[0], p[0], columns, dim);
   else
-    f32::multiply_add<true, kHeadDim, kBlockN>(acc, p, columns, dim);
+    f32::multiply_add<true, kHeadDim, kBlockN>(acc[0], p[0], columns, dim);
 }
 
 /// Sum and maximum over the four threads that share a row.
@@ -80,14 +98,16 @@ __device__ __forceinline__ float quad_max(float x) {
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-template <int kCount>
-__device__ __forceinline__ bool all_finite(const float (&acc)[kCount][4]) {
-  bool finite = true;
+template <int kWarpTiles, int kCount>
+__device__ __forceinline__ bool all_finite(const float (&acc)[kWarpTiles][kCount][4]) {
+  float witness = 0;  // one addition each
 #pragma unroll
-  for (int n = 0; n < kCount; ++n)
+  for (int m = 0; m < kWarpTiles; ++m)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) finite = finite && fabsf(acc[n][e]) <= 3.402823466e38f;
-  return finite;
+    for (int n = 0; n < kCount; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) witness = fmaf(acc[m][n][e], 0.0f, witness);
+  return witness == 0;
 }
 
 // ---- containment: a NaN or infinity reaches only the rows that see it ----
@@ -110,27 +130,24 @@ __device__ __forceinline__ float2 channels_of(uint32_t rows, int row, int first_
 }
 
 /// Adds the non-finite elements themselves to the sums of the rows that see them.
-template <class T, int kHeadDim, int kBlockN, int kOut>
-__device__ __forceinline__ void add_nonfinite(float (&acc)[kOut / 8][4], uint32_t columns, int first_chunk,
-                                              const RowMasks<kBlockN>& masks) {
+template <class T, int kHeadDim, int kBlockN, int kOut, int kWarpTiles>
+__device__ __forceinline__ void add_nonfinite(float (&acc)[kWarpTiles][kOut / 8][4], uint32_t columns, int first_chunk,
+                                              const RowMasks<kWarpTiles, kBlockN>& masks) {
 #pragma unroll 1
   for (int column = 0; column < kBlockN; ++column) {
-    // The masks of this thread are shifted for its own columns, so it asks the quad's first thread.
-    uint32_t sees[2];
+    // This thread's masks are of its own columns, so it asks the thread of the quad that has this one.
+    const int lane = (threadIdx.x % 32 & ~3) + column % 8 / 2, bit = column / 8 * 2 + column % 2;
+    bool sees[2 * kWarpTiles];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      uint32_t word = masks.word[i][0];
-      if (kBlockN == 64 && column >= 32) word = masks.word[i][kBlockN / 32 - 1];
-      sees[i] = __shfl_sync(~0u, word, threadIdx.x % 32 & ~3) >> (column % 32) & 1;
-    }
+    for (int r = 0; r < 2 * kWarpTiles; ++r) sees[r] = __shfl_sync(~0u, masks.bits[r / 2][r % 2], lane) >> bit & 1;
 #pragma unroll
     for (int n = 0; n < kOut / 8; ++n) {
       const float2 x = channels_of<T, kHeadDim>(columns, column, first_chunk, n);
       if (isfinite(x.x) && isfinite(x.y)) continue;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (sees[i] && !isfinite(x.x)) acc[n][2 * i] += x.x;
-        if (sees[i] && !isfinite(x.y)) acc[n][2 * i + 1] += x.y;
+      for (int r = 0; r < 2 * kWarpTiles; ++r) {
+        if (sees[r] && !isfinite(x.x)) acc[r / 2][n][r % 2 * 2] += x.x;
+        if (sees[r] && !isfinite(x.y)) acc[r / 2][n][r % 2 * 2 + 1] += x.y;
       }
     }
   }
@@ -157,16 +174,17 @@ __device__ __forceinline__ void clear_nonfinite(uint32_t columns) {
 
 // ---- results ----
 
-/// acc * factor of rows g and g + 8 to shared memory.
+/// acc * factor of rows g and g + 8 of 16 to shared memory, where they begin at row `first_row`.
 template <class T, int kHeadDim, int kOut>
-__device__ __forceinline__ void stage_rows(const float (&acc)[kOut / 8][4], const float (&factor)[2], uint32_t tile) {
+__device__ __forceinline__ void stage_rows(const float (&acc)[kOut / 8][4], const float (&factor)[2], uint32_t tile,
+                                           int first_row) {
   const int lane = threadIdx.x % 32, t = lane % 4;
   constexpr int kTogether = std::is_same_v<T, float> ? 4 : 1;  // accumulators that hold neighbouring channels
 #pragma unroll
   for (int n = 0; n < kOut / 8; n += kTogether)
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = threadIdx.x / 32 * 16 + lane / 4 + 8 * i;
+      const int row = first_row + lane / 4 + 8 * i;
       if constexpr (std::is_same_v<T, float>) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -181,18 +199,19 @@ __device__ __forceinline__ void stage_rows(const float (&acc)[kOut / 8][4], cons
     }
 }
 
-/// acc * factor of the warp's 16 rows to the tensor, through the warp's own rows of the tile's shared memory.
-template <class T, int kHeadDim, int kOut>
-__device__ __forceinline__ void store_rows(const float (&acc)[kOut / 8][4], const float (&factor)[2], uint32_t tile,
-                                           const BoxesParams& p, const Item& item, const Gather<T>& to,
-                                           int first_chunk) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+/// acc * factor of the warp's rows to the tensor, through the warp's own rows of the tile's shared memory.
+template <class T, int kHeadDim, int kOut, int kWarpTiles>
+__device__ __forceinline__ void store_rows(const float (&acc)[kWarpTiles][kOut / 8][4],
+                                           const float (&factor)[kWarpTiles][2], uint32_t tile, const BoxesParams& p,
+                                           const Item& item, const Gather<T>& to, int first_chunk) {
+  const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * kWarpTiles * 16;
   __syncwarp();
-  stage_rows<T, kHeadDim, kOut>(acc, factor, tile);
+#pragma unroll
+  for (int m = 0; m < kWarpTiles; ++m) stage_rows<T, kHeadDim, kOut>(acc[m], factor[m], tile, first_row + 16 * m);
   __syncwarp();
   constexpr int kChunks = kOut / kPerChunk<T>;
-  for (int i = lane; i < 16 * kChunks; i += 32) {
-    const int row = warp * 16 + i / kChunks, chunk = i % kChunks, first = (first_chunk + chunk) * kPerChunk<T>;
+  for (int i = lane; i < kWarpTiles * 16 * kChunks; i += 32) {
+    const int row = first_row + i / kChunks, chunk = i % kChunks, first = (first_chunk + chunk) * kPerChunk<T>;
     if (first >= to.dim || !is_row(p, item, row)) continue;
     const uint4 v = ptx::load_shared_128(tile + swizzled<T, kHeadDim>(row, chunk));
     T* at = to.at(tile_row(p, item, row)) + first;

@@ -16,7 +16,7 @@ constexpr std::string_view kWindow = "window", kBoxes = "boxes", kBoxesTf32 = "b
 
 /// Null, or the first requirement that the problem does not meet.
 const char* why_not_boxes(const Problem& problem, Pass pass);
-Int3 boxes_tile(const Problem& problem);
+Int3 boxes_tile(const Problem& problem, Pass pass);
 /// A problem as the one sample of a call.
 BoxesSample only_sample(const Problem& problem);
 /// Several samples are parts of the same tensors, at most kMostSamples of them and without a gradient of the bias:

@@ -12,6 +12,7 @@ struct Box {
   int volume;
   FastDiv by_x, by_y;
 
+  Box() = default;
   __device__ Box(Int3 from, Int3 extent)
       : begin(from), size(extent), volume(extent.z * extent.y * extent.x), by_x(extent.x), by_y(extent.y) {}
   /// Relative to `begin`. A `flat` of `volume` or more has a z outside of the box.
@@ -44,6 +45,7 @@ struct Item {
   bool empty;  // shorter groups have fewer tiles
 };
 
+__device__ __forceinline__ Int3 sum(Int3 a, Int3 b) { return {a.z + b.z, a.y + b.y, a.x + b.x}; }
 __device__ __forceinline__ int component(Int3 v, int axis) { return axis == 0 ? v.z : axis == 1 ? v.y : v.x; }
 
 /// The sample in which an item lies.

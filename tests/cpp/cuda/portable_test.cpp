@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The kernels for small windows on the emulated GPU: problems that reach them, and values that are not finite, those in
-// the unfused operators too; and what float32 asks of tensor cores (T-54). The tests of the CPU engines run on the same
-// GPU and reach the others.
+// The kernels for small windows on the emulated GPU: problems that reach them, and values that are not finite, those
+// in the unfused operators too; tiles of 128 rows of the boxes kernels, which small grids do not get; and what float32
+// asks of tensor cores (T-54). The tests of the CPU engines run on the same GPU and reach the others.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -106,6 +106,45 @@ TEST(SmallWindow, ContainsNaNAndInfinityInKeysAndValues) {
         for (const double bad : {kNaN, kInfinity, -kInfinity}) check_containment(operands, plan, operands.v, bad);
       }
     }
+}
+
+// ---- boxes: tiles of 128 rows, 32 for each warp ----
+
+std::vector<Case> large_tile_cases() {
+  using natten::Axis;
+  Case line{.name = "line", .axes = {Axis{700, 90, 1, 1, true}}, .heads = 2, .head_dim = 128};
+  Case plane{.name = "plane", .axes = {Axis{26, 9, 1, 1, false}, Axis{37, 11, 1, 1, false}}, .heads = 4};
+  plane.heads_kv = 2, plane.head_dim = 64, plane.extra = 70, plane.bias = true;
+  Case dilated{.name = "dilated", .axes = {Axis{31, 8, 2, 2, false}, Axis{50, 13, 1, 2, true}}, .heads = 2};
+  dilated.head_dim = 100;
+  Case volume{.name = "volume", .axes = {Axis{9, 5, 1, 1, true}, Axis{10, 5, 1, 1, false}, Axis{11, 4, 1, 1, false}}};
+  volume.heads = 2, volume.head_dim = 52;  // rows that cannot be copied by 16 bytes
+  return {line, plane, dilated, volume};
+}
+
+natten::Plan large_tile_plan(const natten::Problem& problem) {
+  const Plan plan = natten::choose_plan(problem, Pass::forward, DeviceKind::cuda, "portable/boxes");
+  EXPECT_GT(plan.q_tile.volume(), 64);
+  return plan;
+}
+
+TEST(LargeTiles, AreNearTheDenseAttention) {
+  for (const Case& c : large_tile_cases())
+    for (const DType dtype : {DType::bf16, DType::f16}) {
+      large_tile_plan(c.problem(dtype));
+      check(c, dtype);
+    }
+}
+
+TEST(LargeTiles, ContainNaNAndInfinityInKeysAndValues) {
+  for (const Case& large : large_tile_cases()) {
+    Case c = large;
+    c.batch = 2, c.heads_kv = 0, c.bias = false, c.extra = 0;
+    Operands operands(c, DType::bf16, kSeed);
+    const Plan plan = large_tile_plan(operands.problem);
+    check_containment(operands, plan, operands.k, double(NAN));
+    for (const double bad : {double(NAN), HUGE_VAL, -HUGE_VAL}) check_containment(operands, plan, operands.v, bad);
+  }
 }
 
 /// The unfused products that sum: a NaN or infinity in a value reaches the outputs of exactly the queries that see it,
