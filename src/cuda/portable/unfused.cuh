@@ -419,10 +419,18 @@ struct Slots {
 /// Bits 1 + 2h + e of a lane's columns first + 8h + 2t + e (e: 0, 1) that a row sees. The first predicate register is
 /// often taken, so that bits from 1 on become predicates in one instruction.
 __device__ __forceinline__ uint32_t column_bits(Span seen, int first, int end) {
-  const int from = detail::max(seen.begin - first, 0), to = detail::max(detail::min(seen.end, end) - first, 0);
-  const uint32_t of_step = from < kStep ? ((1u << detail::min(to, kStep)) - 1) & ~0u << from : 0;
-  const uint32_t mine = of_step >> threadIdx.x % 4 * 2;
+  const int from = detail::min(detail::max(seen.begin - first, 0), kStep);
+  const int to = detail::min(detail::max(detail::min(seen.end, end) - first, 0), kStep);
+  const uint32_t mine = (~0u << from & ~(~0u << to)) >> threadIdx.x % 4 * 2;
   return (mine & 3) << 1 | (mine >> 5 & 24);
+}
+/// Of both octets.
+template <class T>
+__device__ __forceinline__ void column_bits(uint32_t (&sees)[2], const UnfusedParams& p, const Octets<T>& rows,
+                                            const Span (&seen)[2], int first, int end) {
+  const uint32_t bits = column_bits(seen[0], first, end);
+  const uint32_t others = p.pair.x > 8 ? column_bits(seen[1], first, end) : bits;
+  sees[0] = rows.exists[0] ? bits : 0, sees[1] = rows.exists[1] ? others : 0;
 }
 __device__ __forceinline__ bool has_column(uint32_t bits, int column) { return bits >> (column + 1) & 1; }
 

@@ -64,8 +64,7 @@ struct Scores {
   __device__ __forceinline__ uint32_t columns(int first, int end, int in_chunk) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, key = in_chunk + g;
     column = first + 2 * t;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) sees[i] = rows_of.exists[i] ? column_bits(sight.x[i], first, end) : 0;
+    column_bits(sees, p, rows_of, sight.x, first, end);
     return key * kKeyBytes + ((t ^ chunk_swizzle<kHeadDim>(key)) << 4);
   }
 

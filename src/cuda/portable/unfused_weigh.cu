@@ -88,8 +88,7 @@ struct Weigh {
   __device__ __forceinline__ uint32_t columns(int first, int end, int in_chunk) {
     const int lane = threadIdx.x % 32, key = in_chunk + lane % 16;
     first_column = first + lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) sees[i] = rows_of.exists[i] ? column_bits(sight.x[i], first, end) : 0;
+    column_bits(sees, p, rows_of, sight.x, first, end);
     if constexpr (!kStaged) {
 #pragma unroll
       for (int c = 0; c < 4; ++c)  // columns that nobody sees need no address, but one that exists
@@ -218,25 +217,31 @@ __device__ __forceinline__ void weigh_staged(const UnfusedParams& p, Block<T>& b
   const int warp = threadIdx.x / 32;
   load_field<T, kHeadDim>(keys, block.keys, field, blockIdx.y * (kHeadDim / 8));
   clear_behind<kHeadDim * 2>(keys, whole(field));
+  const uint32_t staged = shared + Layout::slots(p, warp);
+  const auto load_slots = [&](int pair) {
+    if (pair < p.num_pairs) Slots<T>(p, block, Octets<T>(block, pair), staged).load();
+    ptx::cp_async_commit();
+  };
+  load_slots(warp);
 #pragma unroll 1
   for (int pair = warp; pair < p.num_pairs; pair += kWarps) {
-    const Octets<T> rows(block, pair);
-    const Slots<T> slots(p, block, rows, shared + Layout::slots(p, warp));
-    slots.load();
-    ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
-    if (pair < kWarps) __syncthreads();  // the field is there
+    if (pair == warp) __syncthreads();  // the field is there
     __syncwarp();
-    if (rows.count[0] == 0) continue;
-    const Sight sight(rows, spans, field.begin.x);
+    const Octets<T> rows(block, pair);
     float acc[kHeadDim / 8][4];
     set_zero(acc);
-    Weigh<T, kHeadDim, true> body{p, rows, sight, acc};
+    if (rows.count[0] > 0) {
+      const Sight sight(rows, spans, field.begin.x);
+      const Slots<T> slots(p, block, rows, staged);
+      Weigh<T, kHeadDim, true> body{p, rows, sight, acc};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) body.staged[i] = slots.of_field(p, sight, i);
-    walk_chunk<kHeadDim>(sight, field, whole(field), keys, body);
-    finish<T, kHeadDim>(p, block, rows, spans, pair, acc);
+      for (int i = 0; i < 2; ++i) body.staged[i] = slots.of_field(p, sight, i);
+      walk_chunk<kHeadDim>(sight, field, whole(field), keys, body);
+    }
     __syncwarp();
+    load_slots(pair + kWarps);
+    if (rows.count[0] > 0) finish<T, kHeadDim>(p, block, rows, spans, pair, acc);
   }
 }
 
