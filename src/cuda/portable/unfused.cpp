@@ -40,8 +40,23 @@ Int3 pair_of(Int3 octets) {
   return octets.x > 1 ? Int3{1, 1, 16} : Int3{2, 1, 8};
 }
 
+// Positions that `tile` queries see, at most.
+int64_t most_seen(const Axis& axis, int tile) {
+  const Axis g = group_axis(axis, 0);
+  return std::min<int64_t>(int64_t{g.window} + tile + g.stride - 2, g.extent);
+}
+
+// Positions of the field of any tile, if it (at most `most`) and the slots pass through shared memory; otherwise 0.
+// What queries see of keys is not known that easily.
+int staged_field(const Problem& p, Side side, Int3 tile, int most) {
+  if (side != Side::queries || !p.has_window() || p.extra_keys > 0 || num_slots(p) > kMostStagedSlots) return 0;
+  const int64_t columns = (most_seen(p.axes[2], tile.x) + 7) / 8 * 8;
+  const int64_t rows = most_seen(p.axes[0], tile.z) * most_seen(p.axes[1], tile.y);
+  return columns > kMostColumns || rows > most / columns ? 0 : int(columns * rows);
+}
+
 // Octets per axis, z, y, x, that make the least work: steps of the warps, and loads for all of them. More octets than
-// warps take at once if the field then still comes to shared memory at once, and blocks remain for the whole GPU.
+// warps take at once if the field stays in shared memory meanwhile, and blocks remain for the whole GPU.
 Int3 choose_octets(const Problem& p, Side side) {
   constexpr int kLeast = 2 * kThreads / 32;
   if (side == Side::extra_keys) return {1, 1, kLeast};
@@ -60,33 +75,17 @@ Int3 choose_octets(const Problem& p, Side side) {
     for (int tz = 1; tz <= octets; tz *= 2)
       for (int ty = 1; tz * ty <= octets; ty *= 2) {
         const int tx = octets / tz / ty;
-        if (tx > kMostOctetsX) continue;
         const double tiles = count(tz, ty, 8 * tx);
         const Int3 pair = pair_of({tz, ty, tx});
         const double pairs = (tiles * (octets / 2) + count(pair.z, pair.y, pair.x)) / 2;  // half the price if empty
         const double steps = seen(z, pair.z) * seen(y, pair.y) * std::ceil(seen(x, pair.x) / kStep);
         const double loads = seen(z, tz) * seen(y, ty) * std::ceil(seen(x, 8 * tx) / 8);
-        if (octets > kLeast && (loads * 8 > keys || tiles * planes < enough)) continue;
+        if (octets > kLeast && (tiles * planes < enough || !staged_field(p, side, {tz, ty, 8 * tx}, keys))) continue;
         // In warps' work of a step: what surrounds the loops, per tile and pair, steps, and 16 bytes for each thread.
         const double cost = tiles * (6 + loads / 12) + pairs / 4 * (5 + steps);
         if (cost < least) least = cost, best = {tz, ty, tx};
       }
   return best;
-}
-
-// Positions that `tile` queries see, at most.
-int64_t most_seen(const Axis& axis, int tile) {
-  const Axis g = group_axis(axis, 0);
-  return std::min<int64_t>(int64_t{g.window} + tile + g.stride - 2, g.extent);
-}
-
-// Positions of the field of any tile, if they are few enough for shared memory at once; otherwise 0. What queries see of
-// keys is not known that easily.
-int whole_field(const Problem& p, Side side, Int3 tile, int most) {
-  if (side != Side::queries || !p.has_window() || p.extra_keys > 0) return 0;
-  const int64_t columns = (most_seen(p.axes[2], tile.x) + 7) / 8 * 8;
-  const int64_t rows = most_seen(p.axes[0], tile.z) * most_seen(p.axes[1], tile.y);
-  return columns > kMostColumns || rows > most / columns ? 0 : int(columns * rows);
 }
 
 // `head_dim`: channels of the kernel.
@@ -97,9 +96,8 @@ void set_tile(UnfusedParams& params, Side side, int head_dim) {
   b.side = side, b.tile = {octets.z, octets.y, 8 * octets.x};
   params.pairs_y = FastDiv(b.tile.y / params.pair.y), params.pairs_x = FastDiv(b.tile.x / params.pair.x);
   set_items(b);
-  const int most = most_keys(head_dim), field = whole_field(b.problem, side, b.tile, most);
-  params.staged = field > 0 && params.slots <= kMostStagedSlots;
-  params.chunk_keys = field > 0 ? field : most;
+  const int most = most_keys(head_dim), field = staged_field(b.problem, side, b.tile, most);
+  params.staged = field > 0, params.chunk_keys = field > 0 ? field : most;
 }
 
 // Does some query have fewer keys than its window has slots?

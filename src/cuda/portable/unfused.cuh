@@ -241,7 +241,7 @@ __device__ __forceinline__ void clear_behind(uint32_t to, const Chunk& c) {
 
 /// Starts the loads of a whole field; `slice` as above. Columns behind it repeat its last one: they are not seen.
 template <class T, int kHeadDim>
-__device__ __forceinline__ void load_field(uint32_t to, const Tokens<T>& from, const Field& f, int slice) {
+__device__ __forceinline__ void load_field(uint32_t to, const Tokens<T> from, const Field& f, int slice) {
   constexpr int kPieces = kHeadDim / 8, kKeyBytes = kHeadDim * 2, kColumns = 32 / kPieces;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, piece = lane % kPieces, channel = (slice + piece) * 8;
   const int64_t step = int64_t{kWarps} * from.y;
@@ -264,8 +264,8 @@ __device__ __forceinline__ void load_field(uint32_t to, const Tokens<T>& from, c
     load([&](uint32_t key_to, const T* at) { ptx::store_shared_128(key_to, load_elements(at, channel, from.dim)); });
 }
 
-/// One step's rows, Body::kRows at a time: body.start(z, y) for the first of each plane, then body.rows(addresses in the
-/// rows, which octets see them). `columns`: address of the step in the chunk's first row.
+/// One step's rows, Body::kRows at a time: body.start(z, y) for the first of each plane, then body.rows(addresses in
+/// them, which octets see them). `columns`: address of the step in the chunk's first row.
 template <int kHeadDim, class Body>
 __device__ __forceinline__ void walk_rows(const Sight& sight, const Field& f, const Chunk& c, uint32_t columns,
                                           Body& body) {

@@ -17,7 +17,7 @@
 namespace natten::cuda_portable {
 
 constexpr int kMostOctets = 32;        ///< of a tile
-constexpr int kMostOctetsX = 16;       ///< side by side
+constexpr int kMostOctetsX = 8;        ///< side by side
 constexpr int kMostStagedSlots = 256;  ///< of a query
 constexpr int kMostColumns = 64;       ///< of a box row in shared memory at a time
 constexpr int kStep = 16;

@@ -171,10 +171,9 @@ __device__ __noinline__ void weigh_exactly(const UnfusedParams& p, const Block<T
 }
 
 template <class T, int kHeadDim>
-__device__ __forceinline__ void store_sums(const UnfusedParams& p, const Tokens<T>& to, const Octets<T>& rows,
+__device__ __forceinline__ void store_sums(const UnfusedParams& p, const Tokens<T> to, const Octets<T>& rows,
                                            const float (&acc)[kHeadDim / 8][4], int first) {
   const int t = threadIdx.x % 4;
-  const bool vector = to.vector;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     T* row = rows.row(i, to.x) + first + stored_channel(t);
@@ -185,7 +184,7 @@ __device__ __forceinline__ void store_sums(const UnfusedParams& p, const Tokens<
       uint32_t b = ptx::pack<T>(acc[n + 1][2 * i] * p.scale, acc[n + 1][2 * i + 1] * p.scale);
       pairs_to_fours(a, b, t);
       if (!rows.exists[i] || n * 8 >= left) continue;
-      if (vector) {
+      if (to.vector) {
         ptx::store_global_64(row + n * 8, a, b);
         continue;
       }
