@@ -408,9 +408,9 @@ struct Slots {
   __device__ __forceinline__ void store() const {
     copy(
         [](T* to, uint32_t from, bool second) {
-          const uint4 a = ptx::load_shared_128(from), b = second ? ptx::load_shared_128(from + kApart * 2) : a;
-          ptx::store_global_128(to, a);
-          if (second) ptx::store_global_128(to + kApart, b);
+          const uint4 first = ptx::load_shared_128(from);
+          if (second) ptx::store_global_128(to + kApart, ptx::load_shared_128(from + kApart * 2));
+          ptx::store_global_128(to, first);
         },
         [](T* to, uint32_t from) { to->bits = uint16_t(ptx::load_shared_16(from)); });
   }
