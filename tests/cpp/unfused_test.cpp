@@ -45,6 +45,7 @@ std::vector<Case> tiled_cases() {
   };
   return {
       {.name = "plane", .axes = {axis(17, 7), axis(24, 7)}, .heads = 2, .head_dim = 32},
+      {.name = "plane_of_large_tiles", .axes = {axis(21, 3), axis(17, 3)}, .batch = 3, .heads = 2, .head_dim = 32},
       {.name = "plane_bias", .axes = {axis(19, 5), axis(21, 7)}, .batch = 2, .head_dim = 64, .bias = true},
       {.name = "plane_causal", .axes = {axis(18, 7, 1, true), axis(17, 6, 1, true)}, .head_dim = 32, .bias = true},
       {.name = "plane_heads_first",

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cuda/device.h"
 #include "cuda/portable/kernels.h"
 
 namespace natten::cuda_portable {
@@ -15,6 +16,7 @@ constexpr int64_t kMostInt = (int64_t{1} << 31) - 1;
 constexpr int64_t kMostTokens = int64_t{1} << 30;  // positions and slots are ints
 constexpr int64_t kMostSlots = int64_t{1} << 24;
 constexpr int64_t kMostBiasEntries = int64_t{1} << 26;
+constexpr double kBlocksPerSm = 4;      // that keep a GPU busy
 constexpr int kMostSharedTable = 2048;  // entries of a warp's table of bias sums in shared memory
 
 const char* why_not(const Problem& p) {
@@ -32,30 +34,10 @@ const char* why_not(const Problem& p) {
 // Channels that a kernel is compiled for.
 int bucket(int dim) { return dim <= 32 ? 32 : dim <= 64 ? 64 : 128; }
 
-// Octets per axis, z, y, x, that make the least work: steps of the warps, and loads for all of them. Twice as many
-// octets as warps take, if the field then still comes to shared memory at once.
-Int3 choose_octets(const Problem& p, Side side) {
-  if (side == Side::extra_keys) return {1, 1, kMostOctets / 2};
-  const Axis z = group_axis(p.axes[0], 0), y = group_axis(p.axes[1], 0), x = group_axis(p.axes[2], 0);
-  const int keys = most_keys(bucket(std::max(p.head_dim, p.head_dim_v)));
-  const auto seen = [side](const Axis& a, int tile) { return double(positions_seen(a, side, tile)); };
-  Int3 best;
-  double least = HUGE_VAL;
-  for (int octets = kMostOctets / 2; octets <= kMostOctets; octets *= 2)
-    for (int tz = 1; tz <= octets; tz *= 2)
-      for (int ty = 1; tz * ty <= octets; ty *= 2) {
-        const int tx = octets / tz / ty;
-        const double tiles = double(detail::ceil_div(z.extent, tz)) * detail::ceil_div(y.extent, ty) *
-                             detail::ceil_div(x.extent, 8 * tx);
-        const Int3 pair{ty == 1 && tx == 1 ? 2 : 1, std::min(ty, 2), ty == 1 && tx > 1 ? 2 : 1};  // of octets
-        const double steps = seen(z, pair.z) * seen(y, pair.y) * std::ceil(seen(x, 8 * pair.x) / kStep);
-        const double loads = seen(z, tz) * seen(y, ty) * std::ceil(seen(x, 8 * tx) / 8);
-        if (octets == kMostOctets && loads * 8 > keys) continue;
-        // In warps' work of a step: what surrounds the loops, per tile and pair, steps, and 16 bytes for each thread.
-        const double cost = tiles * (4 + octets / 2 / 4 * (5 + steps) + loads / 12);
-        if (cost < least) least = cost, best = {tz, ty, tx};
-      }
-  return best;
+// Tokens of a pair of octets: neighbours along y if possible, so that they share what belongs to columns.
+Int3 pair_of(Int3 octets) {
+  if (octets.y > 1) return {1, 2, 8};
+  return octets.x > 1 ? Int3{1, 1, 16} : Int3{2, 1, 8};
 }
 
 // Positions that `tile` queries see, at most.
@@ -64,25 +46,58 @@ int64_t most_seen(const Axis& axis, int tile) {
   return std::min<int64_t>(int64_t{g.window} + tile + g.stride - 2, g.extent);
 }
 
-// Shared memory for the field of any tile, if that is not too much; what is seen of keys is not known that easily.
-int chunk_keys(const Problem& p, Side side, Int3 tile, int head_dim) {
-  const int most = most_keys(head_dim);
-  if (side != Side::queries || !p.has_window() || p.extra_keys > 0) return most;
+// Positions of the field of any tile, if it (at most `most`) and the slots pass through shared memory; otherwise 0.
+// What queries see of keys is not known that easily.
+int staged_field(const Problem& p, Side side, Int3 tile, int most) {
+  if (side != Side::queries || !p.has_window() || p.extra_keys > 0 || num_slots(p) > kMostStagedSlots) return 0;
   const int64_t columns = (most_seen(p.axes[2], tile.x) + 7) / 8 * 8;
   const int64_t rows = most_seen(p.axes[0], tile.z) * most_seen(p.axes[1], tile.y);
-  return columns > kMostColumns || rows > most / columns ? most : int(columns * rows);
+  return columns > kMostColumns || rows > most / columns ? 0 : int(columns * rows);
+}
+
+// Octets per axis, z, y, x, that make the least work: steps of the warps, and loads for all of them. More octets than
+// warps take at once if the field stays in shared memory meanwhile, and blocks remain for the whole GPU.
+Int3 choose_octets(const Problem& p, Side side) {
+  constexpr int kLeast = 2 * kThreads / 32;
+  if (side == Side::extra_keys) return {1, 1, kLeast};
+  const Axis z = group_axis(p.axes[0], 0), y = group_axis(p.axes[1], 0), x = group_axis(p.axes[2], 0);
+  const int keys = most_keys(bucket(std::max(p.head_dim, p.head_dim_v)));
+  const auto seen = [side](const Axis& a, int tile) { return double(positions_seen(a, side, tile)); };
+  const auto count = [&](int tz, int ty, int tx) {
+    return double(detail::ceil_div(z.extent, tz)) * detail::ceil_div(y.extent, ty) * detail::ceil_div(x.extent, tx);
+  };
+  const double planes =
+      double(p.batch) * p.heads * num_groups(p.axes[0]) * num_groups(p.axes[1]) * num_groups(p.axes[2]);
+  const double enough = kBlocksPerSm * cuda::current_device()->num_sms;
+  Int3 best;
+  double least = HUGE_VAL;
+  for (int octets = kLeast; octets <= kMostOctets; octets *= 2)
+    for (int tz = 1; tz <= octets; tz *= 2)
+      for (int ty = 1; tz * ty <= octets; ty *= 2) {
+        const int tx = octets / tz / ty;
+        const double tiles = count(tz, ty, 8 * tx);
+        const Int3 pair = pair_of({tz, ty, tx});
+        const double pairs = (tiles * (octets / 2) + count(pair.z, pair.y, pair.x)) / 2;  // half the price if empty
+        const double steps = seen(z, pair.z) * seen(y, pair.y) * std::ceil(seen(x, pair.x) / kStep);
+        const double loads = seen(z, tz) * seen(y, ty) * std::ceil(seen(x, 8 * tx) / 8);
+        if (octets > kLeast && (tiles * planes < enough || !staged_field(p, side, {tz, ty, 8 * tx}, keys))) continue;
+        // In warps' work of a step: what surrounds the loops, per tile and pair, steps, and 16 bytes for each thread.
+        const double cost = tiles * (6 + loads / 12) + pairs / 4 * (5 + steps);
+        if (cost < least) least = cost, best = {tz, ty, tx};
+      }
+  return best;
 }
 
 // `head_dim`: channels of the kernel.
 void set_tile(UnfusedParams& params, Side side, int head_dim) {
   BoxesParams& b = params.boxes;
   const Int3 octets = choose_octets(b.problem, side);
-  params.octets_y = FastDiv(octets.y), params.octets_x = FastDiv(octets.x);
-  params.num_pairs = int(octets.volume() / 2);
+  params.pair = pair_of(octets), params.num_pairs = int(octets.volume() / 2);
   b.side = side, b.tile = {octets.z, octets.y, 8 * octets.x};
+  params.pairs_y = FastDiv(b.tile.y / params.pair.y), params.pairs_x = FastDiv(b.tile.x / params.pair.x);
   set_items(b);
-  params.chunk_keys = chunk_keys(b.problem, side, b.tile, head_dim);
-  params.staged = side == Side::queries && params.slots <= kMostStagedSlots && params.slots == params.window_slots;
+  const int most = most_keys(head_dim), field = staged_field(b.problem, side, b.tile, most);
+  params.staged = field > 0, params.chunk_keys = field > 0 ? field : most;
 }
 
 // Does some query have fewer keys than its window has slots?
@@ -106,6 +121,7 @@ UnfusedParams params_of(const Problem& p, const Product& t) {
   params.slot_strides[0] = p.axes[1].window * p.axes[2].window, params.slot_strides[1] = p.axes[2].window;
   params.slot_strides[2] = 1;
   params.window_y = FastDiv(p.axes[1].window), params.window_x = FastDiv(p.axes[2].window);
+  params.heads_per_kv = FastDiv(p.heads_per_kv());
   params.has_unused = has_unused(p);
   params.scale = float(t.scale), params.unused = float(t.unused);
   return params;

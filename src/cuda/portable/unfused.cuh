@@ -7,17 +7,15 @@
 
 namespace natten::cuda_portable {
 
-/// The box of positions that a tile sees, and how many of its columns and rows (z and y flat) come at a time.
+constexpr int kWarps = kThreads / 32;
+
+/// The box of positions that a tile sees, and how many of its columns come at a time.
 struct Field {
   Int3 begin, size;
-  int columns, rows;
+  int columns;
 
-  __device__ __forceinline__ Field(Int3 from, Int3 extent, int keys)
-      : begin(from),
-        size(extent),
-        columns(detail::max(detail::min((extent.x + 7) & ~7, kMostColumns), 8)),
-        rows(keys / columns) {}
-  __device__ bool is_one_chunk() const { return size.x <= columns && size.z * size.y <= rows; }
+  __device__ __forceinline__ Field(Int3 from, Int3 extent)
+      : begin(from), size(extent), columns(detail::max(detail::min((extent.x + 7) & ~7, kMostColumns), 8)) {}
 };
 
 /// Rows of the field in shared memory, from `first_row` on, their columns `begin` .. `end`.
@@ -44,12 +42,12 @@ struct Tokens {
 /// Up to 8 neighbours along the last axis: rows of the tile that see the same planes and rows of the field.
 template <class T>
 struct Octet {
-  T* row;      // first token of the tile's side
-  T* weights;  // its slots, if that is the side of queries
-  Int3 at;     // its position in the group; where there is none, one that exists
-  int count;   // tokens that exist; an even octet without tokens is followed by another
+  T* row;        // first token of the tile's side
+  T* weights;    // its slots, if that is the side of queries
+  Span z, y, x;  // seen of the field, of x by any of the tokens
+  Int3 at;       // position in the group of the first token
+  int count;     // tokens that exist; without any, all else is of tokens that do
   int first_span;
-  Span z, y;  // seen of the field
 };
 
 template <class T>
@@ -57,7 +55,7 @@ struct Block {
   Item item;
   Tokens<T> queries, keys, extra, weights;  // of the item's head or, in `queries` and `weights`, the first of its heads
   Field field;                              // of the grid
-  Octet<T> octets[kMostOctets];
+  Octet<T> octets[kMostOctets];             // two by two, of pairs
 
   /// The tensor whose rows are the tile's.
   __device__ __forceinline__ const Tokens<T>& side(Side side) const {
@@ -65,11 +63,11 @@ struct Block {
   }
 };
 
-/// The two octets of a warp: rows g and g + 8 of its fragments.
+/// The two octets of a warp: rows g and g + 8 of its fragments. They are neighbours along one axis.
 template <class T>
 struct Octets {
   const Octet<T>* of;
-  int count[2];
+  int count[2];     // none of the second octet without the first one
   int in_octet[2];  // of this lane's row; one that exists
   bool exists[2];   // does it?
 
@@ -78,7 +76,7 @@ struct Octets {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       count[i] = of[i].count, exists[i] = g < count[i];
-      in_octet[i] = detail::min(g, detail::max(count[i] - 1, 0));
+      in_octet[i] = exists[i] ? g : 0;
     }
   }
   __device__ __forceinline__ Int3 at(int i) const { return {of[i].at.z, of[i].at.y, of[i].at.x + in_octet[i]}; }
@@ -101,7 +99,7 @@ struct Sight {
     }
     // Begins and ends of spans never decrease along an axis; a second octet is further only along one of them.
     rows_z = {z[0].begin, z[1].end}, rows_y = {y[0].begin, y[1].end};
-    columns = {spans[rows.of[0].first_span].begin - first_column, spans[rows.of[1].first_span + 7].end - first_column};
+    columns = {rows.of[0].x.begin, rows.of[1].x.end};
   }
   /// Everybody sees everything: additional keys, or their queries.
   __device__ explicit Sight(Int3 all) : rows_z{0, all.z}, rows_y{0, all.y}, columns{0, all.x} {
@@ -110,18 +108,19 @@ struct Sight {
   }
 };
 
-/// Shared memory: Block, spans, keys, slots of each warp.
+/// Shared memory: Block, spans, keys, slots of each warp. Keys begin at a multiple of the longest: see load_key.
 template <class T, int kHeadDim>
 struct Map {
-  static constexpr int kKeyBytes = kHeadDim * 2, kMostSpans = 2 + 8 * kMostOctets;  // spans: z, y and x of a tile
+  static constexpr int kKeyBytes = kHeadDim * 2;
+  static constexpr int kMostSpans = 8 * kMostOctetsX + 1 + kMostOctets;  // z, y and x of a tile
   static constexpr uint32_t kSpans = (sizeof(Block<T>) + 15) / 16 * 16;
-  static constexpr uint32_t kKeys = (kSpans + kMostSpans * sizeof(Span) + 127) / 128 * 128;
+  static constexpr uint32_t kKeys = (kSpans + kMostSpans * sizeof(Span) + 255) / 256 * 256;
 
   /// A step may read that far past a row's end.
   NATTEN_HD static uint32_t slots(const UnfusedParams& p, int warp) {
     return kKeys + (p.chunk_keys + kStep) * kKeyBytes + warp * p.staged_bytes();
   }
-  static size_t bytes(const UnfusedParams& p) { return slots(p, kThreads / 32); }
+  static size_t bytes(const UnfusedParams& p) { return slots(p, kWarps); }
 };
 
 template <class T>
@@ -132,55 +131,56 @@ __device__ __forceinline__ Tokens<T> tokens(const UnfusedParams& p, const Rows& 
   return {from.base, int(from.z), int(from.y), int(from.x), from.dim, from.vector};
 }
 
+/// Octet `i` of a pair.
 template <class T>
 __device__ __forceinline__ void fill_octet(Octet<T>& octet, const UnfusedParams& p, const Block<T>& block,
-                                           const Span* spans, int number) {
-  const Item& item = block.item;
-  const Int3 extent = item.extent, tile = p.boxes.tile;
-  Int3 first;
-  for (bool exists = false; !exists; number &= ~1) {  // a second octet that does not exist repeats the first one
-    int y = number, x = p.octets_y.split(y);
-    const int z = p.octets_x.split(x);
-    first = {z, y, 8 * x};
-    const Int3 left{extent.z - item.origin.z - z, extent.y - item.origin.y - y, extent.x - item.origin.x - first.x};
-    octet.count = left.z > 0 && left.y > 0 ? detail::max(detail::min(left.x, 8), 0) : 0;
-    exists = octet.count > 0 || number % 2 == 0;
-  }
-  const Int3 at = sum(item.origin, first), begin = block.field.begin;
-  octet.at = {detail::min(at.z, extent.z - 1), detail::min(at.y, extent.y - 1), detail::min(at.x, extent.x - 1)};
+                                           const Item& item, const Field& field, const Span* spans, int pair, int i) {
+  int y = pair, x = p.pairs_y.split(y);
+  const int z = p.pairs_x.split(x);
+  const Int3 extent = item.extent, origin = item.origin, tile = p.boxes.tile;
+  const Int3 first{z * p.pair.z, y * p.pair.y, x * p.pair.x};
+  const Int3 second{first.z + p.pair.z - 1, first.y + p.pair.y - 1, first.x + p.pair.x - 8};
+  const auto count = [&](Int3 at) {
+    const int left = origin.z + at.z < extent.z && origin.y + at.y < extent.y ? extent.x - origin.x - at.x : 0;
+    return detail::max(detail::min(left, 8), 0);
+  };
+  octet.count = count(i ? second : first);
+  const Int3 in_tile = octet.count > 0 ? (i ? second : first) : count(first) > 0 ? first : Int3{0, 0, 0};
+  octet.at = sum(origin, in_tile);
   octet.row = block.side(p.boxes.side).at(octet.at), octet.weights = block.weights.at(octet.at);
-  const Span z = spans[first.z], y = spans[tile.z + first.y];
-  octet.z = {z.begin - begin.z, z.end - begin.z}, octet.y = {y.begin - begin.y, y.end - begin.y};
-  octet.first_span = tile.z + tile.y + first.x;
+  const auto relative = [](int begin, int end, int to) { return Span{begin - to, end - to}; };
+  octet.first_span = tile.z + tile.y + in_tile.x;
+  const Span of_z = spans[in_tile.z], of_y = spans[tile.z + in_tile.y];
+  octet.z = relative(of_z.begin, of_z.end, field.begin.z), octet.y = relative(of_y.begin, of_y.end, field.begin.y);
+  octet.x = relative(spans[octet.first_span].begin, spans[octet.first_span + 7].end, field.begin.x);
 }
 
-/// Fills spans and Block, by one warp: so they cost the others neither instructions nor registers.
+/// Fills spans and Block; the result is the grid's field. Every warp decodes the item, and each looks for one tensor.
 template <class T>
-__device__ __forceinline__ void begin_block(const UnfusedParams& p, Block<T>& block, Span* spans) {
-  const int lane = threadIdx.x;
-  if (lane < 32) {
-    const BoxesParams& b = p.boxes;
-    const Item item = decode_item(b, blockIdx.x);
-    fill_spans(spans, b, item, lane, 32);
-    const bool queries = b.side == Side::queries, plain = b.side == Side::extra_keys;
-    const int per_kv = b.problem.heads_per_kv();
-    const int head = queries ? item.head : item.head * per_kv, head_kv = queries ? item.head / per_kv : item.head;
-    __syncwarp();
-    if (lane == 0) {
-      const Span *of_z = spans, *of_y = of_z + b.tile.z, *of_x = of_y + b.tile.y;
-      const Int3 begin{of_z[0].begin, of_y[0].begin, of_x[0].begin};
-      const Int3 size{of_z[b.tile.z - 1].end - begin.z, of_y[b.tile.y - 1].end - begin.y,
-                      of_x[b.tile.x - 1].end - begin.x};
-      block.item = item, block.field = Field(begin, size, p.chunk_keys);
-    }
-    if (lane == 1) block.queries = tokens<T>(p, b.q, item, head, plain);
-    if (lane == 2) block.keys = tokens<T>(p, b.k, item, head_kv, false);
-    if (lane == 3) block.extra = tokens<T>(p, b.extra_k, item, head_kv, true);
-    if (lane == 4) block.weights = tokens<T>(p, Rows{p.weights, p.slots, false}, item, head, plain);
-    __syncwarp();
-    if (lane < 2 * p.num_pairs) fill_octet(block.octets[lane], p, block, spans, lane);
-  }
+__device__ __forceinline__ Field begin_block(const UnfusedParams& p, Block<T>& block, Span* spans) {
+  const BoxesParams& b = p.boxes;
+  const Item item = decode_item(b, blockIdx.x);
+  fill_spans(spans, b, item);
+  const bool queries = b.side == Side::queries, plain = b.side == Side::extra_keys;
+  const int head = queries ? item.head : item.head * int(p.heads_per_kv.divisor);
+  const int head_kv = queries ? p.heads_per_kv.quotient(item.head) : item.head;
+  const int thread = threadIdx.x;
+  if (thread == 0) block.item = item;
+  if (thread == 0 && b.problem.extra_keys > 0) block.extra = tokens<T>(p, b.extra_k, item, head_kv, true);
+  if (thread == 32) block.queries = tokens<T>(p, b.q, item, head, plain);
+  if (thread == 64) block.keys = tokens<T>(p, b.k, item, head_kv, false);
+  if (thread == 96) block.weights = tokens<T>(p, Rows{p.weights, p.slots, false}, item, head, plain);
   __syncthreads();
+  const Span *of_z = spans, *of_y = of_z + b.tile.z, *of_x = of_y + b.tile.y;
+  const Int3 begin{of_z[0].begin, of_y[0].begin, of_x[0].begin};
+  const Int3 size{of_z[b.tile.z - 1].end - begin.z, of_y[b.tile.y - 1].end - begin.y, of_x[b.tile.x - 1].end - begin.x};
+  const Field field(begin, size);
+  if (thread == 0) block.field = field;
+  const int warp = thread / 32, lane = thread % 32, pair = warp + lane / 2 * kWarps;  // each warp fills its own octets
+  if (pair < p.num_pairs) fill_octet(block.octets[2 * pair + lane % 2], p, block, item, field, spans, pair, lane % 2);
+  __syncwarp();
+  if (!p.staged) __syncthreads();  // others have barriers of their own before they ask for the field
+  return field;
 }
 
 // ---- chunks ----
@@ -188,7 +188,6 @@ __device__ __forceinline__ void begin_block(const UnfusedParams& p, Block<T>& bl
 /// The warp's rows of a chunk, one after the other: visit(row of the chunk, its first token's elements).
 template <class T, class Visit>
 __device__ __forceinline__ void for_each_row(const Tokens<T>& from, const Field& f, const Chunk& c, Visit&& visit) {
-  constexpr int kWarps = kThreads / 32;
   const Int3 size = f.size;
   const int warp = threadIdx.x / 32, flat = c.first_row + warp, z = size.z == 1 ? 0 : flat / size.y;
   const int64_t step = int64_t{kWarps} * from.y, wrap = from.z - int64_t{size.y} * from.y;
@@ -240,11 +239,37 @@ __device__ __forceinline__ void clear_behind(uint32_t to, const Chunk& c) {
     ptx::store_shared_128(to + i, uint4{0, 0, 0, 0});
 }
 
-/// One step's rows: body.start(z, y) for the first of each plane, then body.row(address of the row's first column of
-/// this step, which octets see the row) for one after the other.
+/// Starts the loads of a whole field; `slice` as above. Columns behind it repeat its last one: they are not seen.
+template <class T, int kHeadDim>
+__device__ __forceinline__ void load_field(uint32_t to, const Tokens<T> from, const Field& f, int slice) {
+  constexpr int kPieces = kHeadDim / 8, kKeyBytes = kHeadDim * 2, kColumns = 32 / kPieces;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, piece = lane % kPieces, channel = (slice + piece) * 8;
+  const int64_t step = int64_t{kWarps} * from.y;
+  const auto load = [&](auto&& visit) {
+#pragma unroll 1
+    for (int z = 0; z < f.size.z; ++z)
+#pragma unroll 1
+      for (int column = lane / kPieces; column < f.columns; column += kColumns) {
+        const T* at = from.at(sum(f.begin, {z, warp, detail::min(column, f.size.x - 1)}));
+        uint32_t key_to = to + ((z * f.size.y + warp) * f.columns + column) * kKeyBytes;
+        key_to += (piece ^ chunk_swizzle<kHeadDim>(column)) << 4;
+#pragma unroll 4
+        for (int y = warp; y < f.size.y; y += kWarps, at += step, key_to += kWarps * f.columns * kKeyBytes)
+          visit(key_to, at);
+      }
+  };
+  if (from.vector && channel < from.dim)
+    load([&](uint32_t key_to, const T* at) { ptx::cp_async_16(key_to, at + channel); });
+  else
+    load([&](uint32_t key_to, const T* at) { ptx::store_shared_128(key_to, load_elements(at, channel, from.dim)); });
+}
+
+/// One step's rows, Body::kRows at a time: body.start(z, y) for the first of each plane, then body.rows(addresses in
+/// them, which octets see them). `columns`: address of the step in the chunk's first row.
 template <int kHeadDim, class Body>
 __device__ __forceinline__ void walk_rows(const Sight& sight, const Field& f, const Chunk& c, uint32_t columns,
                                           Body& body) {
+  constexpr int kRows = Body::kRows;
   const int height = f.size.y, row_bytes = c.pitch * (kHeadDim * 2);
   const int first_z = f.size.z == 1 ? 0 : c.first_row / height;
 #pragma unroll 1
@@ -252,44 +277,51 @@ __device__ __forceinline__ void walk_rows(const Sight& sight, const Field& f, co
     const int before = z * height - c.first_row;  // rows of the chunk before this plane
     const int begin = detail::max(sight.rows_y.begin, -before), end = detail::min(sight.rows_y.end, c.rows - before);
     if (begin >= end) continue;
-    int from[2], count[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) from[i] = sight.y[i].begin, count[i] = sight.z[i].contains(z) ? sight.y[i].size() : 0;
-    uint32_t address = columns + (before + begin) * row_bytes;
+    // The first octet sees the first rows, up to there, the second one the last rows, from there on.
+    const int seen_end = sight.z[0].contains(z) ? detail::min(sight.y[0].end, end) : begin;
+    const int seen_begin = sight.z[1].contains(z) ? sight.y[1].begin : end;
+    uint32_t next = columns + (before + begin) * row_bytes;
     body.start(z, begin);
 #pragma unroll 1
-    for (int y = begin; y < end; ++y, address += row_bytes) {
-      const bool sees[2] = {unsigned(y - from[0]) < unsigned(count[0]), unsigned(y - from[1]) < unsigned(count[1])};
-      body.row(address, sees);
+    for (int y = begin; y < end; y += kRows) {
+      uint32_t address[kRows];
+      bool sees[kRows][2];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const bool is_row = r == 0 || y + r < end;  // otherwise once more the last one
+        address[r] = is_row ? next : next - row_bytes, next += row_bytes;
+        sees[r][0] = y + r < seen_end, sees[r][1] = is_row && y + r >= seen_begin;
+      }
+      body.rows(address, sees);
     }
   }
 }
 
 /// A chunk's steps for this warp. body.columns(the step's first column, the end of what is there, first column in the
-/// chunk) comes before the rows of a step.
+/// chunk) comes before the rows of a step and gives the offset of what this lane reads of them.
 template <int kHeadDim, class Body>
 __device__ __forceinline__ void walk_chunk(const Sight& sight, const Field& f, const Chunk& c, uint32_t shared,
                                            Body& body) {
   const int end = detail::min(c.end, sight.columns.end);
 #pragma unroll 1
   for (int first = detail::max(c.begin, sight.columns.begin); first < end; first += kStep) {
-    body.columns(first, end, first - c.begin);
-    walk_rows<kHeadDim>(sight, f, c, shared, body);
+    const uint32_t of_lane = body.columns(first, end, first - c.begin);
+    walk_rows<kHeadDim>(sight, f, c, shared + of_lane, body);
   }
 }
 
 __device__ __forceinline__ Chunk whole(const Field& f) { return {0, f.size.z * f.size.y, 0, f.size.x, f.columns}; }
 
-/// All of the field, chunk by chunk, for the whole block of threads.
+/// All of the field, chunk by chunk of up to `keys` positions, for the whole block of threads.
 template <class T, int kHeadDim, class Body>
-__device__ __forceinline__ void walk(const Field& f, const Sight& sight, const Tokens<T>& from, uint32_t shared,
-                                     int slice, bool has_rows, Body& body) {
-  const int all_rows = f.size.z * f.size.y;
+__device__ __forceinline__ void walk(int keys, const Field& f, const Sight& sight, const Tokens<T>& from,
+                                     uint32_t shared, int slice, bool has_rows, Body& body) {
+  const int all_rows = f.size.z * f.size.y, rows = keys / f.columns;
 #pragma unroll 1
   for (int column = 0; column < f.size.x; column += f.columns)
 #pragma unroll 1
-    for (int row = 0; row < all_rows; row += f.rows) {
-      const Chunk c{row, detail::min(f.rows, all_rows - row), column, detail::min(column + f.columns, f.size.x),
+    for (int row = 0; row < all_rows; row += rows) {
+      const Chunk c{row, detail::min(rows, all_rows - row), column, detail::min(column + f.columns, f.size.x),
                     f.columns};
       __syncthreads();  // nobody reads the chunk before
       load_chunk<T, kHeadDim>(shared, from, f, c, slice);
@@ -336,47 +368,69 @@ struct Slots {
     return s.z[i].begin * p.slot_strides[0] + s.y[i].begin * p.slot_strides[1] + s.x[i].begin;
   }
 
-  /// This lane's share of the slots: piece(tensor, shared memory) for 8 of them, element(...) for one.
-  template <class Piece, class Element>
-  __device__ __forceinline__ void copy(Piece&& piece, Element&& element) const {
+  /// This lane's share of the slots: pieces(tensor, shared memory, is there a second one kApart behind?) for 8 of them
+  /// each, element(...) for one.
+  static constexpr int kApart = 32 * 8;
+  template <class Pieces, class Element>
+  __device__ __forceinline__ void copy(Pieces&& pieces, Element&& element) const {
     const int lane = threadIdx.x % 32;
-#pragma unroll 1
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
-      T* tensor = i ? octet[1] : octet[0];
-      const uint32_t shared = i ? staged[1] : staged[0];
-      const int rows = i ? count[1] : count[0], all = rows * slots;
       if (pitch != slots) {
-#pragma unroll 1
-        for (int row = 0; row < rows; ++row)
-#pragma unroll 1
-          for (int n = lane; n < slots; n += 32)
-            element(tensor + int64_t{row} * pitch + n, shared + (row * slots + n) * 2);
+        copy_rows(i, element);
         continue;
       }
-      const int head = detail::min(-int(shared / 2) & 7, all), tail = (all - head) & 7;
+      const int all = count[i] * slots, head = detail::min(-int(staged[i] / 2) & 7, all), tail = (all - head) & 7;
 #pragma unroll 1
-      for (int n = head + lane * 8; n < all - tail; n += 32 * 8) piece(tensor + n, shared + n * 2);
-      if (lane < head) element(tensor + lane, shared + lane * 2);
-      if (lane < tail) element(tensor + all - tail + lane, shared + (all - tail + lane) * 2);
+      for (int n = head + lane * 8; n < all - tail; n += 2 * kApart)
+        pieces(octet[i] + n, staged[i] + n * 2, n + kApart < all - tail);
+      if ((head | tail) == 0) continue;
+      const int n = lane < 8 ? lane : all - tail + lane - 8;
+      if (lane < 8 ? lane < head : lane < 8 + tail) element(octet[i] + n, staged[i] + n * 2);
     }
   }
-  __device__ void load() const {
-    copy([](const T* from, uint32_t to) { ptx::cp_async_16(to, from); },
-         [](const T* from, uint32_t to) { ptx::store_shared_16(to, from->bits); });
+  template <class Element>
+  __device__ __forceinline__ void copy_rows(int i, Element&& element) const {
+#pragma unroll 1
+    for (int row = 0; row < count[i]; ++row)
+#pragma unroll 1
+      for (int n = threadIdx.x % 32; n < slots; n += 32)
+        element(octet[i] + int64_t{row} * pitch + n, staged[i] + (row * slots + n) * 2);
   }
-  __device__ void store() const {
-    copy([](T* to, uint32_t from) { ptx::store_global_128(to, ptx::load_shared_128(from)); },
-         [](T* to, uint32_t from) { to->bits = uint16_t(ptx::load_shared_16(from)); });
+  __device__ __forceinline__ void load() const {
+    copy(
+        [](const T* from, uint32_t to, bool second) {
+          ptx::cp_async_16(to, from);
+          if (second) ptx::cp_async_16(to + kApart * 2, from + kApart);
+        },
+        [](const T* from, uint32_t to) { ptx::store_shared_16(to, from->bits); });
+  }
+  __device__ __forceinline__ void store() const {
+    copy(
+        [](T* to, uint32_t from, bool second) {
+          const uint4 first = ptx::load_shared_128(from);
+          if (second) ptx::store_global_128(to + kApart, ptx::load_shared_128(from + kApart * 2));
+          ptx::store_global_128(to, first);
+        },
+        [](T* to, uint32_t from) { to->bits = uint16_t(ptx::load_shared_16(from)); });
   }
 };
 
 /// Bits 1 + 2h + e of a lane's columns first + 8h + 2t + e (e: 0, 1) that a row sees. The first predicate register is
 /// often taken, so that bits from 1 on become predicates in one instruction.
 __device__ __forceinline__ uint32_t column_bits(Span seen, int first, int end) {
-  const int from = detail::max(seen.begin - first, 0), to = detail::max(detail::min(seen.end, end) - first, 0);
-  const uint32_t of_step = from < kStep ? ((1u << detail::min(to, kStep)) - 1) & ~0u << from : 0;
-  const uint32_t mine = of_step >> threadIdx.x % 4 * 2;
+  const int from = detail::min(detail::max(seen.begin - first, 0), kStep);
+  const int to = detail::min(detail::max(detail::min(seen.end, end) - first, 0), kStep);
+  const uint32_t mine = (~0u << from & ~(~0u << to)) >> threadIdx.x % 4 * 2;
   return (mine & 3) << 1 | (mine >> 5 & 24);
+}
+/// Of both octets.
+template <class T>
+__device__ __forceinline__ void column_bits(uint32_t (&sees)[2], const UnfusedParams& p, const Octets<T>& rows,
+                                            const Span (&seen)[2], int first, int end) {
+  const uint32_t bits = column_bits(seen[0], first, end);
+  const uint32_t others = p.pair.x > 8 ? column_bits(seen[1], first, end) : bits;
+  sees[0] = rows.exists[0] ? bits : 0, sees[1] = rows.exists[1] ? others : 0;
 }
 __device__ __forceinline__ bool has_column(uint32_t bits, int column) { return bits >> (column + 1) & 1; }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // What the host tells the kernels of the unfused operators (core/backend.h: products).
 //
-// A block of threads works on a tile of 8 or 16 *octets*: 8 neighbours along the last axis each, in a run-time
+// A block of threads works on a tile of 8, 16 or 32 *octets*: 8 neighbours along the last axis each, in a run-time
 // arrangement; a warp takes a pair of them at a time. The other side is a box of positions, the *field*; its rows
 // along the last axis come to shared memory, and a step is 16 positions of one of them. Inside such a row a slot is a
 // number of the lane plus the column, so nothing is divided in the inner loops, whatever the rank, dilation, stride or
@@ -16,13 +16,14 @@
 
 namespace natten::cuda_portable {
 
-constexpr int kMostOctets = 16;        ///< of a tile
+constexpr int kMostOctets = 32;        ///< of a tile
+constexpr int kMostOctetsX = 8;        ///< side by side
 constexpr int kMostStagedSlots = 256;  ///< of a query
 constexpr int kMostColumns = 64;       ///< of a box row in shared memory at a time
 constexpr int kStep = 16;
 
 /// Positions of the field in shared memory at a time, at most.
-constexpr int most_keys(int head_dim) { return head_dim == 32 ? 512 : head_dim == 64 ? 384 : 192; }
+constexpr int most_keys(int head_dim) { return head_dim == 32 ? 544 : head_dim == 64 ? 384 : 192; }
 
 struct UnfusedParams {
   BoxesParams boxes;  ///< problem, side and tiles; `q`: the queries' rows, `k` and `extra_k` those of keys; `bias`
@@ -33,9 +34,10 @@ struct UnfusedParams {
   bool staged = false;              ///< slots pass through shared memory if the box is there at once
   bool has_unused = false;          ///< some query has slots without a key
   float scale = 1, unused = 0;
-  int num_pairs = 0;           ///< of octets of a tile; a multiple of the warps
-  FastDiv octets_y, octets_x;  ///< octets of a tile
-  FastDiv window_y, window_x;
+  int num_pairs = 0;         ///< of octets of a tile; a multiple of the warps
+  Int3 pair;                 ///< tokens of a pair of octets, which are neighbours along one axis
+  FastDiv pairs_y, pairs_x;  ///< pairs of a tile
+  FastDiv window_y, window_x, heads_per_kv;
   uint32_t zero = 0;  ///< 0, unknown to the compiler: see ptx::opaque
 
   /// Of a warp's slots in shared memory: 16 rows, and what it takes to align each octet as in the tensor.

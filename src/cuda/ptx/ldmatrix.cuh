@@ -23,8 +23,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
 }
 
 __device__ __forceinline__ uint32_t load_shared_16(uint32_t address) {
-  uint16_t r;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(r) : "r"(address));
+  uint32_t r;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=r"(r) : "r"(address));
   return r;
 }
 
@@ -46,8 +46,8 @@ __device__ __forceinline__ uint4 load_shared_128(uint32_t address) {
   return r;
 }
 
-__device__ __forceinline__ void store_shared_16(uint32_t address, uint32_t value) {
-  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(uint16_t(value)) : "memory");
+__device__ __forceinline__ void store_shared_16(uint32_t address, uint16_t value) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(value) : "memory");
 }
 
 __device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t value) {

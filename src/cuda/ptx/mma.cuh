@@ -85,6 +85,22 @@ __device__ __forceinline__ uint32_t pack<f16>(float low, float high) {
   return r;
 }
 
+/// A float to an element; to nearest.
+template <class T>
+__device__ __forceinline__ uint16_t round_to(float x);
+template <>
+__device__ __forceinline__ uint16_t round_to<bf16>(float x) {
+  uint16_t r;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(x));
+  return r;
+}
+template <>
+__device__ __forceinline__ uint16_t round_to<f16>(float x) {
+  uint16_t r;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x));
+  return r;
+}
+
 /// 2^x to 2 ulp; results below 2^-126 are 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

@@ -14,7 +14,7 @@
 
 // Shared memory of the block that runs: what the kernels declare as extern.
 namespace natten::cuda_portable {
-alignas(128) unsigned char smem[228 * 1024 + 256];
+alignas(256) unsigned char smem[228 * 1024 + 256];
 }
 
 namespace emulation {

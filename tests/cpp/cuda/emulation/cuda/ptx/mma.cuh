@@ -98,6 +98,13 @@ uint32_t pack(float low, float high) {
   return a.bits | uint32_t{b.bits} << 16;
 }
 
+template <class T>
+uint16_t round_to(float x) {
+  T a;
+  from_real(x, a);
+  return a.bits;
+}
+
 inline uint32_t opaque(uint32_t x, uint32_t zero) { return x ^ zero; }
 template <class T>
 inline T* opaque(T* p) {
