@@ -115,7 +115,7 @@ Tiling choose_tiling(const Problem& p, Side side, int most_warp_tiles) {
   const TiledAxis axes[3] = {{p.axes[0], side}, {p.axes[1], side}, {p.axes[2], side}};
   const cuda::DeviceInfo* device = cuda::current_device();
   const double at_once = device ? 2.0 * device->num_sms : 1.0;
-  double groups = double(p.batch) * p.heads;
+  double groups = p.heads;  // not of all samples: results of one must not depend on how many there are
   for (const Axis& a : p.axes) groups *= num_groups(a);
   Tiling best;
   double least = HUGE_VAL;

@@ -94,7 +94,7 @@ struct DKDV {
         acc_s[0][n][e] = ptx::exp2_approx(acc_s[0][n][e] - column.lse_log2);
         acc_dp[0][n][e] = acc_s[0][n][e] * (acc_dp[0][n][e] - column.delta);
       }
-    if (contain) masks.apply(acc_dp, 0);  // else a difference that is not finite shows in the sums
+    if (contain) masks.apply(acc_s, 0), masks.apply(acc_dp, 0);  // else what is not finite shows in the sums
   }
 
   __device__ __forceinline__ void run_block(int block) {

@@ -146,10 +146,9 @@ __device__ __forceinline__ void load_columns(uint32_t to_a, uint32_t to_b, const
   }
 }
 
-/// Spans of every coordinate of the tile: z first, then y, then x. By `threads` threads, this one being number `first`.
-__device__ __forceinline__ void fill_spans(Span* spans, const BoxesParams& p, const Item& item, int first,
-                                           int threads) {
-  for (int coord = first; coord < p.tile.z + p.tile.y + p.tile.x; coord += threads) {
+/// Spans of every coordinate of the tile, by all threads of the block: z first, then y, then x.
+__device__ __forceinline__ void fill_spans(Span* spans, const BoxesParams& p, const Item& item) {
+  for (int coord = threadIdx.x; coord < p.tile.z + p.tile.y + p.tile.x; coord += kThreads) {
     const int axis = coord < p.tile.z ? 0 : coord < p.tile.z + p.tile.y ? 1 : 2;
     const int index = coord - (axis == 0 ? 0 : axis == 1 ? p.tile.z : p.tile.z + p.tile.y);
     const Axis group = axis == 0 ? item.group[0] : axis == 1 ? item.group[1] : item.group[2];
@@ -162,7 +161,7 @@ __device__ __forceinline__ void fill_spans(Span* spans, const BoxesParams& p, co
 template <class Map, class T>
 __device__ __forceinline__ void fill_tables(unsigned char* smem, const BoxesParams& p, const Work<T>& work) {
   if (threadIdx.x == 0) Map::work(smem) = work;
-  fill_spans(Map::spans(smem), p, work.item, threadIdx.x, kThreads);
+  fill_spans(Map::spans(smem), p, work.item);
   for (int i = threadIdx.x; i < 2 * Map::kWords; i += kThreads)
     Map::bits(smem, i % 2)[(Map::kCoords - 1) * Map::kWords + i / 2] = 0;
 }
