@@ -15,16 +15,28 @@ namespace {
 
 constexpr double kLog2e = 1.44269504088896340736;
 constexpr int kMostWindow = 13;
-constexpr int kMostKeys = 127;           // of a query: see count_nonfinite in window_forward.cu
-constexpr int kStepColumns = 16;         // of keys, that 8 queries see
+static_assert(kMostWindow * kMostWindow <= 255, "see count_nonfinite in window_forward.cu");
+constexpr int kMostHeadDim = 64;
+constexpr int kStepColumns = 16;         // of keys, that the queries of a warp's tile see
 constexpr int64_t kMostPlane = 1 << 29;  // elements, so that offsets in bytes fit 32 bits
 constexpr int64_t kMostStride = int64_t{1} << 32;
 constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
 constexpr int kMostSummed = 7;   // window of which a bias has a gradient: see LaneSums
 constexpr int kBlocksPerSm = 8;  // of dq where each has sums: few enough tables, even work
 
-// Positions that `tile` neighbours see together: at most.
+// Positions that `tile` neighbours see together, at most: their windows and what lies between leaders of stride groups.
 int seen_by(const Axis& group, int tile) { return group.window + tile - 1 + group.stride - 1; }
+
+// The same for tiles that begin at multiples of `tile`.
+int seen_by_aligned(const Axis& group, int tile) {
+  if (tile % group.stride == 0) return group.window + tile - group.stride;
+  return group.window + detail::ceil_div(tile - 1, group.stride) * group.stride;
+}
+
+// Whether the columns that a warp's tile sees are no more than a step has.
+bool is_one_step(const Axis& x, Shape shape) {
+  return std::min(seen_by_aligned(x, tile_columns(shape)), x.extent) <= kStepColumns;
+}
 
 int round_up(int n, int to) { return detail::ceil_div(n, to) * to; }
 
@@ -52,38 +64,81 @@ bool fits_groups(const Axis& y, const Axis& x) { return y.extent <= 16 && x.exte
 void set_group_tiling(const Axis& y, const Axis& x, WindowTiling& t) {
   t.tile_y = round_up(y.extent, 2), t.tile_x = round_up(x.extent, 8);
   t.units = t.tile_x == 8 ? 2 : 1;
-  t.row_pairs = t.tile_x == 8 ? 1 : std::min(2, t.tile_y / 2);
+  t.warps_y = t.tile_x == 8 ? 1 : std::min(2, t.tile_y / 2);
 }
 
-void set_forward_tiling(const Problem& p, const Axis& y, const Axis& x, WindowTiling& t) {
+Shape choose_shape(const Problem& p, const Axis& x) {
+  if (!is_one_step(x, Shape::flat)) return Shape::square;
+  return x.extent <= 8 && channel_bucket(p.head_dim) == 32 ? Shape::narrow : Shape::flat;
+}
+
+// Rows and columns of a strip's ring: what this step and the next one see.
+void set_ring(const Axis& y, const Axis& x, WindowTiling& t) {
+  t.rows = seen_by(y, 2 * t.step_rows());
+  t.pitch = round_up(std::min(seen_by(x, t.tile_x), x.extent), 8);
+}
+
+// Blocks that a multiprocessor holds, by shared memory; each takes 1 KiB more than it asks for.
+int blocks_by_memory(const WindowParams& params) {
+  return (cuda::current_device()->max_shared_bytes + 1024) / int(window_shared_bytes(params) + 1024);
+}
+
+// Squares side by side: as many as keep a multiprocessor busiest. Blocks of each multiprocessor.
+int set_square_columns(const Axis& y, const Axis& x, WindowParams& params) {
+  WindowTiling& t = params.tiling;
+  const int most_warps = channel_bucket(params.head_dim) == 32 ? 2 * kMostSquareWarps : kMostSquareWarps;
+  WindowTiling best;
+  int blocks = 1;
+  double busiest = -1;
+  t.tile_y = round_up(y.extent, tile_rows(t.shape));
+  for (int warps = kMostSquareWarps; warps > 0; --warps) {
+    t.tile_x = warps * tile_columns(t.shape);
+    set_ring(y, x, t);
+    if (t.pitch > 8 * warps) continue;  // a pass of its threads loads a row
+    const int fit = std::min(blocks_by_memory(params), most_warps / warps);
+    const double busy = double(fit * warps) * x.extent / round_up(x.extent, t.tile_x);
+    if (busy > busiest) busiest = busy, best = t, blocks = std::max(fit, 1);
+  }
+  t = best;
+  return blocks;
+}
+
+// Wide enough for few halo columns, and full in its last copy.
+int set_flat_columns(const Axis& y, const Axis& x, WindowParams& params) {
+  WindowTiling& t = params.tiling;
+  const int rest = x.extent % 16;
+  t.tile_x = rest == 0 || rest > 8 ? 16 : 8;
+  t.warps_y = t.tile_x == 8 ? 4 : 2;
+  set_ring(y, x, t);
+  return channel_bucket(params.head_dim) == 32 ? 4 : 3;
+}
+
+void set_forward_tiling(const Problem& p, const Axis& y, const Axis& x, WindowParams& params) {
+  WindowTiling& t = params.tiling;
+  t.shape = choose_shape(p, x);
   if (fits_groups(y, x)) {
     set_group_tiling(y, x, t);
     t.rows = y.extent, t.pitch = t.tile_x;
     return;
   }
-  // A strip: wide enough for few halo columns, full in its last copy, and as long as the GPU stays busy to the end.
+  // A strip, as long as the GPU stays busy to the end.
+  if (t.shape == Shape::narrow) t.shape = Shape::flat;
   t.ring = true;
-  const int rest = x.extent % 16;
-  t.tile_x = rest == 0 || rest > 8 ? 16 : 8;
-  t.row_pairs = t.tile_x == 8 ? 4 : 2;
-  const int step = 2 * t.row_pairs, sms = cuda::current_device()->num_sms;
-  const int64_t slots = int64_t{sms} * (p.head_dim == 32 ? 4 : 3);
+  const int blocks = t.shape == Shape::square ? set_square_columns(y, x, params) : set_flat_columns(y, x, params);
+  const int64_t sms = cuda::current_device()->num_sms, slots = sms * blocks;
   const int64_t strips = p.batch * p.axes[0].extent * p.heads * num_groups(p.axes[1]) * num_groups(p.axes[2]) *
                          detail::ceil_div(x.extent, t.tile_x);
   const int64_t most = std::max(y.extent / 28, 1);
-  const int64_t parts = strips * most >= 3 * slots ? (6 * slots + strips - 1) / strips : 2 * int64_t{sms} / strips;
-  t.tile_y = round_up(detail::ceil_div(y.extent, int(std::clamp<int64_t>(parts, 1, most))), step);
-  t.rows = seen_by(y, 2 * step);  // of this step and the next
-  t.pitch = round_up(std::min(seen_by(x, t.tile_x), x.extent), 8);
+  const int64_t parts = strips * most >= 3 * slots ? (6 * slots + strips - 1) / strips : 2 * sms / strips;
+  t.tile_y = round_up(detail::ceil_div(y.extent, int(std::clamp<int64_t>(parts, 1, most))), t.step_rows());
 }
 
 void set_backward_tiling(const Problem& p, const Axis& y, const Axis& x, bool of_keys, WindowTiling& t) {
-  t.tile_y = std::min(8, round_up(y.extent, 2)), t.tile_x = std::min(16, round_up(x.extent, 8));
-  t.units = 1, t.row_pairs = std::min(2, t.tile_y / 2);
-  if (of_keys && p.heads_per_kv() > 1) {
-    t.row_pairs = t.tile_y / 2;  // a tile for each warp
-    return;
-  }
+  t.shape = choose_shape(p, x);
+  t.tile_y = std::min(8, round_up(y.extent, tile_rows(t.shape))), t.tile_x = std::min(16, round_up(x.extent, 8));
+  t.units = 1, t.warps_y = t.tile_y / tile_rows(t.shape);  // a tile for each warp
+  if (t.shape == Shape::square || (of_keys && p.heads_per_kv() > 1)) return;
+  t.warps_y = std::min(2, t.warps_y);
   if (fits_groups(y, x)) set_group_tiling(y, x, t);
 }
 
@@ -98,7 +153,7 @@ void set_units(const Problem& p, const Axis& y, const Axis& x, WindowParams& par
   params.by_heads = FastDiv(heads), params.by_groups_x = FastDiv(num_groups(p.axes[2]));
   params.by_tiles_x = FastDiv(t.tiles_x), params.by_tiles_y = FastDiv(t.tiles_y);
   params.by_rows = FastDiv(t.rows);
-  params.by_octets = FastDiv(params.octets()), params.by_unit_warps = FastDiv(params.octets() * t.row_pairs);
+  params.by_warps_x = FastDiv(t.warps_x()), params.by_unit_warps = FastDiv(t.warps_x() * t.warps_y);
   const int row_threads = t.pitch * 4, threads = params.threads() / t.units;  // see RowLoader
   params.by_row_threads = FastDiv(row_threads);
   params.rows_at_once = std::max(threads / row_threads, 1), params.row_parts = detail::ceil_div(row_threads, threads);
@@ -123,12 +178,14 @@ bool fits(const Problem& p, const TensorView& t, int64_t multiple) {
 }
 
 void set_bias_table(const Problem& p, WindowParams& params) {
-  params.bias_table = WindowBias(longest_group(p.axes[1]).window, longest_group(p.axes[2]).window);
+  const Axis y = longest_group(p.axes[1]), x = longest_group(p.axes[2]);
+  params.bias_table = WindowBias(y.window, x.window, choose_shape(p, x));
   params.by_bias_columns = FastDiv(2 * params.bias_table.x);
 }
 
 WindowParams common_params(const Problem& p, const ForwardArgs& args) {
   WindowParams params;
+  params.head_dim = p.head_dim;
   params.y = p.axes[1], params.x = p.axes[2], params.planes_z = p.axes[0].extent;
   params.by_dilation_y = FastDiv(p.axes[1].dilation), params.by_dilation_x = FastDiv(p.axes[2].dilation);
   params.heads_per_kv = p.heads_per_kv();
@@ -143,7 +200,7 @@ WindowParams common_params(const Problem& p, const ForwardArgs& args) {
 WindowParams forward_params(const Problem& p, const ForwardArgs& args) {
   WindowParams params = common_params(p, args);
   const Axis y = longest_group(p.axes[1]), x = longest_group(p.axes[2]);
-  set_forward_tiling(p, y, x, params.tiling);
+  set_forward_tiling(p, y, x, params);
   set_units(p, y, x, params, p.heads);
   return params;
 }
@@ -163,7 +220,7 @@ WindowParams dkdv_params(const Problem& p, const BackwardArgs& args, void* stats
   WindowTiling& t = params.tiling;
   set_backward_tiling(p, y, x, true, t);
   t.rows = seeing(p.axes[1], t.tile_y), t.pitch = round_up(seeing(p.axes[2], t.tile_x), 8);
-  if (p.heads_per_kv() > 1) set_bias_table(p, params);  // see window_dkdv.cu
+  if (p.heads_per_kv() > 1 && t.shape != Shape::square) set_bias_table(p, params);  // see window_dkdv.cu
   set_units(p, y, x, params, p.heads_kv);
   return params;
 }
@@ -192,9 +249,9 @@ WindowParams dq_params(const Problem& p, const BackwardArgs& args, void* stats, 
   if (t.tile_y == 8 && y.extent > 16) {
     // Sums take memory per warp: larger tiles take less of it for the halo, if two still fit.
     const WindowTiling small = t;
-    t.tile_y = 16, t.row_pairs = 4;
+    t.tile_y = 16, t.warps_y = 4;
     set_rows();
-    if (2 * window_shared_bytes(params, {p.head_dim, false, true}) > size_t(cuda::current_device()->max_shared_bytes))
+    if (2 * window_shared_bytes(params, {.bias_sums = true}) > size_t(cuda::current_device()->max_shared_bytes))
       t = small, set_rows();
   }
   params.bias_sums = bias_sums;
@@ -206,16 +263,16 @@ size_t stats_bytes(const Problem& p) { return size_t(p.batch) * p.tokens() * p.h
 
 bool fits_shared(const Problem& p, Pass pass) {
   const size_t most = size_t(cuda::current_device()->max_shared_bytes);
-  if (pass == Pass::forward) return window_shared_bytes(forward_params(p, {}), {p.head_dim}) <= most;
-  return window_shared_bytes(dq_params(p, {}, nullptr, nullptr), {p.head_dim, false, true}) <= most &&
-         window_shared_bytes(dkdv_params(p, {}, nullptr), {p.head_dim, true, false}) <= most;
+  if (pass == Pass::forward) return window_shared_bytes(forward_params(p, {})) <= most;
+  return window_shared_bytes(dq_params(p, {}, nullptr, nullptr), {.bias_sums = true}) <= most &&
+         window_shared_bytes(dkdv_params(p, {}, nullptr), {.stats = true}) <= most;
 }
 
 }  // namespace
 
 size_t window_shared_bytes(const WindowParams& p, const WindowShared& what) {
   const size_t units = p.tiling.units, keys = units * p.tiling.rows * p.tiling.pitch + kTailKeys;
-  size_t bytes = keys * (4 * what.head_dim + (what.stats ? 16 : 0)) + units * p.tiling.tile_y * sizeof(Span);
+  size_t bytes = keys * (4 * channel_bucket(p.head_dim) + (what.stats ? 16 : 0)) + units * p.tiling.tile_y * sizeof(Span);
   if (p.bias_table.y == 0) return bytes;
   bytes += units * p.bias_table.bytes();
   if (what.bias_sums) bytes += p.threads() / 32 * p.bias_table.sum_bytes() + units * p.tiling.tile_x * sizeof(Span);
@@ -225,26 +282,24 @@ size_t window_shared_bytes(const WindowParams& p, const WindowShared& what) {
 const char* why_not_window(const Problem& p, Pass pass) {
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "it runs bfloat16 and float16 only";
   if (p.batch == 0 || p.tokens() == 0) return "there are no queries";
-  if (p.head_dim != p.head_dim_v || (p.head_dim != 32 && p.head_dim != 64)) return "head_dim is neither 32 nor 64";
+  if (p.head_dim > kMostHeadDim || p.head_dim % 8 != 0) return "head_dim is more than 64, or no multiple of 8";
+  if (p.head_dim != p.head_dim_v) return "values are not as long as keys";
   if (p.axes[0].window != 1) return "the window has more than one plane";
   if (p.extra_keys > 0) return "there are additional keys";
-  const Axis y = longest_group(p.axes[1]), x = longest_group(p.axes[2]);
+  const Axis x = longest_group(p.axes[2]);
   if (p.axes[1].window > kMostWindow || p.axes[2].window > kMostWindow) return "the window is larger than 13";
   if (!p.has_window()) return "kernel_size 0 has no windows";
-  if (std::min(seen_by(x, 8), x.extent) > kStepColumns) return "8 neighbours along the last axis see more than 16 keys";
-  if (y.window * x.window > kMostKeys) return "a query sees more than 127 keys";
+  if (!is_one_step(x, Shape::square)) return "4 neighbours along the last axis see more than 16 keys";
   if (!(p.scale > 1e-6 && p.scale < 1e6)) return "the scale is not between 1e-6 and 1e6";
   if (double(p.batch) * p.tokens() * p.heads > double(kMostBlocks)) return "there are more than 2^31 queries";
-  if (pass == Pass::backward && p.has_bias && x.window > kMostSummed)
-    return "there is a relative position bias, and the window is wider than 7";
+  if (pass == Pass::backward && p.has_bias && (x.window > kMostSummed || choose_shape(p, x) == Shape::square))
+    return "there is a relative position bias, and the window is wider than 7 or strided";
   if (int64_t{p.axes[1].extent} * p.axes[2].extent * p.heads >= kMostPlane) return "a plane has more than 2^29 rows";
   return fits_shared(p, pass) ? nullptr : "it needs more shared memory than this GPU has";
 }
 
 Int3 window_tile(const Problem& p, Pass pass) {
-  WindowTiling t;
-  const Axis y = longest_group(p.axes[1]), x = longest_group(p.axes[2]);
-  pass == Pass::forward ? set_forward_tiling(p, y, x, t) : set_backward_tiling(p, y, x, true, t);
+  const WindowTiling t = (pass == Pass::forward ? forward_params(p, {}) : dkdv_params(p, {}, nullptr)).tiling;
   return {1, t.tile_y, t.tile_x};
 }
 
@@ -252,7 +307,7 @@ bool window_forward(const Problem& p, const ForwardArgs& args, void* stream) {
   for (const TensorView& t : {args.q, args.k, args.v, args.out})
     if (!fits(p, t, 8)) return false;
   if (!fits(p, args.lse, 1) || !fits(p, args.bias, 1)) return false;
-  launch_window_forward(forward_params(p, args), p.dtype, p.head_dim, stream);
+  launch_window_forward(forward_params(p, args), p.dtype, stream);
   return true;
 }
 
@@ -269,9 +324,9 @@ bool window_backward(const Problem& p, const BackwardArgs& args, void* stream, v
     if (!fits(p, t, 1)) return false;
   float* sums = args.dbias ? reinterpret_cast<float*>(static_cast<char*>(workspace) + stats_bytes(p)) : nullptr;
   const WindowParams params = dq_params(p, args, workspace, sums);
-  launch_window_dq(params, p.dtype, p.head_dim, stream);
+  launch_window_dq(params, p.dtype, stream);
   if (params.bias_sums) launch_reduce_bias(p, sums, params.bias_sum_tables, args.dbias, stream);
-  if (args.dk || args.dv) launch_window_dkdv(dkdv_params(p, args, workspace), p.dtype, p.head_dim, stream);
+  if (args.dk || args.dv) launch_window_dkdv(dkdv_params(p, args, workspace), p.dtype, stream);
   return true;
 }
 
