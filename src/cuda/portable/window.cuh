@@ -312,8 +312,8 @@ struct Exist {
   bool first, second;
 };
 __device__ __forceinline__ Exist tokens_exist(Shape shape, const Place& at, const Unit& u, int y) {
-  const bool column = at.column < u.nx;
-  return {column && y + at.row < u.ny, column && y + at.row + second_row(shape) < u.ny};
+  const bool column = at.column < u.nx, first = shape != Shape::square || y + at.row < u.ny;
+  return {column && first, column && y + at.row + second_row(shape) < u.ny};
 }
 
 /// acc * factor of a tile's tokens to memory. `to` is this lane's first one, from `stored_channel` on, and `to_second`

@@ -199,7 +199,7 @@ struct WindowDQBlock {
       const Exist exist = tokens_exist(kShape, at, unit, y);
       const Loaded l = load_tile(columns, channels, y);
       take(tile, l, channels);
-      if (at.t == 0) store_stats(tile, stats, y, exist, l);
+      if (exist.first && at.t == 0) store_stats(tile, stats, y, exist.second, l);
       TileRows<kShape> rows(spans, at, y, unit.ny);
       if constexpr (kBias) {
         set_bias_row(rows, p, unit, y);
@@ -229,8 +229,10 @@ struct WindowDQBlock {
     for (int i = 0; i < 2; ++i) {
       float delta = 0;
 #pragma unroll
-      for (int w = 0; w < kWords; ++w)
-        if (w + 1 < kWords || channels.mask) delta += dot_words<T>(l.dout[i][w], l.out[i][w]);
+      for (int w = 0; w < kWords; ++w) {
+        const float sum = dot_words<T>(l.dout[i][w], l.out[i][w]);
+        delta += w + 1 < kWords || channels.mask ? sum : 0.0f;
+      }
       const float minus_delta = l.dlse[i] - add_over_quad(delta);
       tile.minus_delta[2 * i] = minus_delta, tile.minus_delta[2 * i + 1] = minus_delta + p.zero_float;
       // A query to which the bias leaves no key has probabilities 0.
@@ -238,11 +240,11 @@ struct WindowDQBlock {
     }
   }
 
-  __device__ __forceinline__ void store_stats(const Tile& tile, const Column<uint4>& stats, int y, const Exist& exist,
+  __device__ __forceinline__ void store_stats(const Tile& tile, const Column<uint4>& stats, int y, bool has_second,
                                               const Loaded& l) const {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (i == 0 ? !exist.first : !exist.second) continue;
+      if (i == 1 && !has_second) continue;
       const float lse = kBias && l.lse[i] == -INFINITY ? 0 : l.lse[i];  // logits are -infinity already
       const uint2 a = SplitWeights<T>::split(-lse * p.inverse_scale);
       const uint2 b = SplitWeights<T>::split(tile.minus_delta[2 * i]);

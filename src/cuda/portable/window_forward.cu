@@ -276,7 +276,8 @@ struct WindowForwardBlock {
       if (kRing) advance_ring(i, steps, step);
       const int y = i * step + at.y;
       if (!has_columns || y >= unit.ny) continue;
-      make_fragments<kHeadDim>(tile.q, next, p.zero, channels);
+      // Unmasked: what stands in place of channels that do not exist is the query's own, and keys have zeros there.
+      make_fragments<kHeadDim>(tile.q, next, p.zero);
       load_queries(y + step);
       const Exist exist = tokens_exist(kShape, at, unit, y);
       TileRows<kShape> rows(spans, at, y, unit.ny);
