@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
+#include <utility>
 
 #include "cuda/device.h"
 #include "cuda/portable/boxes.h"
@@ -83,27 +85,7 @@ int blocks_by_memory(const WindowParams& params) {
   return (cuda::current_device()->max_shared_bytes + 1024) / int(window_shared_bytes(params) + 1024);
 }
 
-// Squares side by side: as many as keep a multiprocessor busiest. Blocks of each multiprocessor.
-int set_square_columns(const Axis& y, const Axis& x, WindowParams& params) {
-  WindowTiling& t = params.tiling;
-  const int most_warps = channel_bucket(params.head_dim) == 32 ? 2 * kMostSquareWarps : kMostSquareWarps;
-  WindowTiling best;
-  int blocks = 1;
-  double busiest = -1;
-  t.tile_y = round_up(y.extent, tile_rows(t.shape));
-  for (int warps = kMostSquareWarps; warps > 0; --warps) {
-    t.tile_x = warps * tile_columns(t.shape);
-    set_ring(y, x, t);
-    if (t.pitch > 8 * warps) continue;  // a pass of its threads loads a row
-    const int fit = std::min(blocks_by_memory(params), most_warps / warps);
-    const double busy = double(fit * warps) * x.extent / round_up(x.extent, t.tile_x);
-    if (busy > busiest) busiest = busy, best = t, blocks = std::max(fit, 1);
-  }
-  t = best;
-  return blocks;
-}
-
-// Wide enough for few halo columns, and full in its last copy.
+// Blocks of each multiprocessor. Wide enough for few halo columns, and full in its last copy.
 int set_flat_columns(const Axis& y, const Axis& x, WindowParams& params) {
   WindowTiling& t = params.tiling;
   const int rest = x.extent % 16;
@@ -111,6 +93,48 @@ int set_flat_columns(const Axis& y, const Axis& x, WindowParams& params) {
   t.warps_y = t.tile_x == 8 ? 4 : 2;
   set_ring(y, x, t);
   return channel_bucket(params.head_dim) == 32 ? 4 : 3;
+}
+
+// The same for square tiles, one below the other: as many side by side as keep a multiprocessor busiest, and of those
+// that load the fewest columns.
+int set_square_columns(const Axis& y, const Axis& x, WindowParams& params) {
+  WindowTiling& t = params.tiling;
+  const int most_warps = channel_bucket(params.head_dim) == 32 ? 2 * kMostSquareWarps : kMostSquareWarps;
+  WindowTiling best;
+  int blocks = 1;
+  std::pair<double, int> most{-1, 0};
+  t.tile_y = round_up(y.extent, tile_rows(t.shape));
+  for (int warps = kMostSquareWarps; warps > 0; --warps) {
+    t.tile_x = warps * tile_columns(t.shape);
+    set_ring(y, x, t);
+    if (t.pitch > 8 * warps) continue;  // a pass of its threads loads a row
+    const int fit = std::min(blocks_by_memory(params), most_warps / warps);
+    const int strips = detail::ceil_div(x.extent, t.tile_x);
+    const std::pair busy{double(fit * warps) * x.extent / (strips * t.tile_x), -strips * t.pitch};
+    if (busy > most) most = busy, best = t, blocks = std::max(fit, 1);
+  }
+  t = best;
+  return blocks;
+}
+
+// Rows of a strip. As long as the GPU stays busy to the end; square tiles begin with so many rows that fewer waves of
+// blocks are better, each of which costs as much as `kFirstRows` more of them.
+int strip_rows(const Axis& y, const WindowTiling& t, int64_t strips, int64_t slots, int64_t sms) {
+  constexpr int kFirstRows = 8;
+  const auto rows = [&](int64_t parts) { return round_up(detail::ceil_div(y.extent, int(parts)), t.step_rows()); };
+  const int64_t most = std::max(y.extent / 28, 1);
+  if (t.shape != Shape::square) {
+    const int64_t parts = strips * most >= 3 * slots ? (6 * slots + strips - 1) / strips : 2 * sms / strips;
+    return rows(std::clamp<int64_t>(parts, 1, most));
+  }
+  int best = rows(1);
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int parts = 1; parts <= detail::ceil_div(y.extent, t.step_rows()); ++parts) {
+    const int64_t waves = (strips * detail::ceil_div(y.extent, rows(parts)) + slots - 1) / slots;
+    const int64_t cost = waves * (rows(parts) + kFirstRows);
+    if (cost < least) least = cost, best = rows(parts);
+  }
+  return best;
 }
 
 void set_forward_tiling(const Problem& p, const Axis& y, const Axis& x, WindowParams& params) {
@@ -121,16 +145,13 @@ void set_forward_tiling(const Problem& p, const Axis& y, const Axis& x, WindowPa
     t.rows = y.extent, t.pitch = t.tile_x;
     return;
   }
-  // A strip, as long as the GPU stays busy to the end.
   if (t.shape == Shape::narrow) t.shape = Shape::flat;
   t.ring = true;
   const int blocks = t.shape == Shape::square ? set_square_columns(y, x, params) : set_flat_columns(y, x, params);
-  const int64_t sms = cuda::current_device()->num_sms, slots = sms * blocks;
+  const int64_t sms = cuda::current_device()->num_sms;
   const int64_t strips = p.batch * p.axes[0].extent * p.heads * num_groups(p.axes[1]) * num_groups(p.axes[2]) *
                          detail::ceil_div(x.extent, t.tile_x);
-  const int64_t most = std::max(y.extent / 28, 1);
-  const int64_t parts = strips * most >= 3 * slots ? (6 * slots + strips - 1) / strips : 2 * sms / strips;
-  t.tile_y = round_up(detail::ceil_div(y.extent, int(std::clamp<int64_t>(parts, 1, most))), t.step_rows());
+  t.tile_y = strip_rows(y, t, strips, sms * blocks, sms);
 }
 
 void set_backward_tiling(const Problem& p, const Axis& y, const Axis& x, bool of_keys, WindowTiling& t) {

@@ -19,7 +19,7 @@
 
 namespace natten::cuda_portable {
 
-constexpr int kMostSquareWarps = 7;  ///< of a block, forward: two of those fit into a multiprocessor
+constexpr int kMostSquareWarps = 8;  ///< of a block, forward; by their registers, two of those fit (one of 64 channels)
 constexpr int kTailKeys = 16;  ///< zeros behind the last row: a step may read that far past a row's end
 
 /// A tensor by element strides, which fit 32 bits, as do offsets inside a plane (y and x are of tokens).
