@@ -82,7 +82,8 @@ void set_ring(const Axis& y, const Axis& x, WindowTiling& t) {
 
 // Blocks that a multiprocessor holds, by shared memory; each takes 1 KiB more than it asks for.
 int blocks_by_memory(const WindowParams& params) {
-  return (cuda::current_device()->max_shared_bytes + 1024) / int(window_shared_bytes(params) + 1024);
+  return (cuda::current_device()->max_shared_bytes + 1024) /
+         int(window_shared_bytes(params, WindowKernel::forward) + 1024);
 }
 
 // Blocks of each multiprocessor. Wide enough for few halo columns, and full in its last copy.
@@ -272,7 +273,7 @@ WindowParams dq_params(const Problem& p, const BackwardArgs& args, void* stats, 
     const WindowTiling small = t;
     t.tile_y = 16, t.warps_y = 4;
     set_rows();
-    if (2 * window_shared_bytes(params, {.bias_sums = true}) > size_t(cuda::current_device()->max_shared_bytes))
+    if (2 * window_shared_bytes(params, WindowKernel::dq) > size_t(cuda::current_device()->max_shared_bytes))
       t = small, set_rows();
   }
   params.bias_sums = bias_sums;
@@ -284,21 +285,12 @@ size_t stats_bytes(const Problem& p) { return size_t(p.batch) * p.tokens() * p.h
 
 bool fits_shared(const Problem& p, Pass pass) {
   const size_t most = size_t(cuda::current_device()->max_shared_bytes);
-  if (pass == Pass::forward) return window_shared_bytes(forward_params(p, {})) <= most;
-  return window_shared_bytes(dq_params(p, {}, nullptr, nullptr), {.bias_sums = true}) <= most &&
-         window_shared_bytes(dkdv_params(p, {}, nullptr), {.stats = true}) <= most;
+  if (pass == Pass::forward) return window_shared_bytes(forward_params(p, {}), WindowKernel::forward) <= most;
+  return window_shared_bytes(dq_params(p, {}, nullptr, nullptr), WindowKernel::dq) <= most &&
+         window_shared_bytes(dkdv_params(p, {}, nullptr), WindowKernel::dkdv) <= most;
 }
 
 }  // namespace
-
-size_t window_shared_bytes(const WindowParams& p, const WindowShared& what) {
-  const size_t units = p.tiling.units, keys = units * p.tiling.rows * p.tiling.pitch + kTailKeys;
-  size_t bytes = keys * (4 * channel_bucket(p.head_dim) + (what.stats ? 16 : 0)) + units * p.tiling.tile_y * sizeof(Span);
-  if (p.bias_table.y == 0) return bytes;
-  bytes += units * p.bias_table.bytes();
-  if (what.bias_sums) bytes += p.threads() / 32 * p.bias_table.sum_bytes() + units * p.tiling.tile_x * sizeof(Span);
-  return bytes;
-}
 
 const char* why_not_window(const Problem& p, Pass pass) {
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "it runs bfloat16 and float16 only";

@@ -188,7 +188,7 @@ struct LaneChannels {
   }
 };
 
-/// A fragments of two rows (first and second eight of the tile) from 16-byte words: take(i, x) of each part x of word i.
+/// A fragments of two rows (first and second eight of the tile) from 16-byte words: take(i, x) of each part of word i.
 template <int kHeadDim, class Take>
 __device__ __forceinline__ void take_fragments(uint32_t (&a)[kHeadDim / 16][4], const uint4 (&words)[2][kHeadDim / 32],
                                                const Take& take) {

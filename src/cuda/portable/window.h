@@ -3,8 +3,8 @@
 //
 // Source of the design and its measurements: docs/design/2026-11-24-cuda-portable.md. In short:
 //
-//   * A warp works on 16 queries, 2 rows x 8 columns, or 4 x 4 if windows are wider than 9. Their windows touch at most
-//     16 columns (two octets) of any key row, so a key row is one step of 16 keys and nothing is divided inside the loop.
+//   * A warp works on 16 queries, 2 rows x 8 columns, or 4 x 4 if windows are wider than 9. Their windows touch at
+//     most 16 columns (two octets) of any key row, so a key row is one step of 16 keys and the loop divides nothing.
 //   * The column mask depends on lane and octet only: two register quads (0 or -infinity) that are the *addend* of
 //     the first mma. The row mask touches the first and last rows only. Both come from tables of spans, so border,
 //     causality and stride cost nothing and need no code of their own.
@@ -20,7 +20,7 @@
 namespace natten::cuda_portable {
 
 constexpr int kMostSquareWarps = 8;  ///< of a block, forward; by their registers, two of those fit (one of 64 channels)
-constexpr int kTailKeys = 16;  ///< zeros behind the last row: a step may read that far past a row's end
+constexpr int kTailKeys = 16;        ///< zeros behind the last row: a step may read that far past a row's end
 
 /// A tensor by element strides, which fit 32 bits, as do offsets inside a plane (y and x are of tokens).
 struct Plane {
@@ -73,11 +73,6 @@ struct WindowBias {
   NATTEN_HD int sum_bytes() const { return (2 * y + 2) * kBiasSumPitch; }
 };
 
-/// What lies in shared memory beside two boxes of rows and the spans.
-struct WindowShared {
-  bool stats = false, bias_sums = false;
-};
-
 struct WindowParams {
   int head_dim = 0;  ///< channels beyond it are zeros in registers and shared memory
   Axis y, x;
@@ -107,9 +102,34 @@ struct WindowParams {
 };
 
 /// Channels that instances for `head_dim` have in registers and shared memory.
-NATTEN_HD constexpr int channel_bucket(int head_dim) { return head_dim <= 32 ? 32 : 64; }
+constexpr int channel_bucket(int head_dim) { return head_dim <= 32 ? 32 : 64; }
 
-size_t window_shared_bytes(const WindowParams& p, const WindowShared& what = {});
+enum class WindowKernel { forward, dq, dkdv };
+
+/// Where things lie in the shared memory of a block, in bytes: two boxes of rows of all units, each with zeros behind it,
+/// statistics of the second box's rows (in dk, dv), spans of the tiles' rows, tables of the bias, sums for its gradient
+/// (in dq). The first four are those of `unit`.
+struct WindowMap {
+  int first, second, stats, spans, bias, bias_sums, end;
+
+  NATTEN_HD WindowMap(const WindowParams& p, WindowKernel kernel, int channels, int unit = 0) {
+    const WindowTiling& t = p.tiling;
+    const int rows = t.rows * t.pitch, all = t.units * rows, row_bytes = channels * 2;
+    const int of_stats = kernel == WindowKernel::dkdv ? 16 : 0;
+    const int boxes = (all + kTailKeys) * (2 * row_bytes + of_stats);
+    first = unit * rows * row_bytes, second = first + (all + kTailKeys) * row_bytes;
+    stats = (all + kTailKeys) * 2 * row_bytes + unit * rows * of_stats;
+    spans = boxes + unit * t.tile_y * int(sizeof(Span));
+    bias = boxes + t.units * t.tile_y * int(sizeof(Span));
+    bias_sums = bias + t.units * p.bias_table.bytes(), end = bias_sums;
+    if (kernel == WindowKernel::dq && p.bias_table.y > 0)
+      end += p.threads() / 32 * p.bias_table.sum_bytes() + t.units * t.tile_x * int(sizeof(Span));
+  }
+};
+
+inline size_t window_shared_bytes(const WindowParams& p, WindowKernel kernel) {
+  return size_t(WindowMap(p, kernel, channel_bucket(p.head_dim)).end);
+}
 
 // Launches on `stream`.
 void launch_window_forward(const WindowParams& params, DType dtype, void* stream);

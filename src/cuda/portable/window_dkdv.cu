@@ -96,7 +96,8 @@ struct WindowDKDV {
   /// Adds all queries of the tile's inverse windows. `queries`: address of the unit's first query, `stats` of its
   /// statistics.
   template <bool kCareful>
-  __device__ __forceinline__ void pass(uint32_t queries, uint32_t stats, const TileRows<kShape>& rows, const Columns& c) {
+  __device__ __forceinline__ void pass(uint32_t queries, uint32_t stats, const TileRows<kShape>& rows,
+                                       const Columns& c) {
 #pragma unroll 1
     for (int first = 0; first < c.columns; first += 8 * kOctets) {
       Addends<kShape, kTables> addends;
@@ -125,8 +126,8 @@ struct WindowDKDV {
       for (int e = 0; e < 4; ++e) acc_dk[n][e] = other.acc_dk[n][e], acc_dv[n][e] = other.acc_dv[n][e];
   }
   /// A NaN in a key makes the statistics of the queries that see it NaN; others must not notice.
-  __device__ static __noinline__ void add_with_care(WindowDKDV& tile, uint32_t queries, uint32_t stats, TileRows<kShape> rows,
-                                                    Columns columns) {
+  __device__ static __noinline__ void add_with_care(WindowDKDV& tile, uint32_t queries, uint32_t stats,
+                                                    TileRows<kShape> rows, Columns columns) {
     tile.template pass<true>(queries, stats, rows, columns);
   }
 };
@@ -144,15 +145,12 @@ struct WindowDKDVBlock {
 
   __device__ __forceinline__ WindowDKDVBlock(const WindowParams& params, uint32_t shared)
       : p(params), at(params, kShape) {
-    const WindowTiling& t = p.tiling;
     int block = blockIdx.x, plane = p.by_blocks.split(block);
     batch = p.by_z.split(plane), z = plane;
-    const int queries = t.rows * t.pitch, all = t.units * queries, first = at.unit * queries;
-    unit = decode_unit<true>(p, block * t.units + at.unit);
-    shared_q = shared + first * kRowBytes, shared_dout = shared_q + (all + kTailKeys) * kRowBytes;
-    stats = shared + (all + kTailKeys) * (2 * kRowBytes) + first * 16;
-    spans = shared + (all + kTailKeys) * (2 * kRowBytes + 16) + at.unit * t.tile_y * 8;
-    bias = spans + (t.units - at.unit) * t.tile_y * 8 + at.unit * p.bias_table.bytes();
+    const WindowMap map(p, WindowKernel::dkdv, kHeadDim, at.unit);
+    unit = decode_unit<true>(p, block * p.tiling.units + at.unit);
+    shared_q = shared + map.first, shared_dout = shared + map.second, stats = shared + map.stats;
+    spans = shared + map.spans, bias = shared + map.bias + at.unit * p.bias_table.bytes();
     if (unit.ny > 0) load(0), fill_row_spans<true>(at, spans, unit);
     const int tail = first_of_tail(p, at, unit);
     if (tail < 0) return;
@@ -287,7 +285,7 @@ __global__ void __launch_bounds__(256, kHeadDim == 32 ? 2 : 1)
 void launch_window_dkdv(const WindowParams& params, DType dtype, void* stream) {
   dispatch_window(dtype, params.head_dim, [&](auto element, auto channels) {
     using T = decltype(element);
-    const size_t bytes = window_shared_bytes(params, {.stats = true});
+    const size_t bytes = window_shared_bytes(params, WindowKernel::dkdv);
     const auto go = [&](auto kernel) { launch_window(kernel, params, bytes, stream, cuda::Start::overlapping); };
     if (params.tiling.shape == Shape::narrow) return go(window_dkdv_kernel<T, 32, Shape::narrow>);
     go(window_dkdv_kernel<T, channels, Shape::flat>);

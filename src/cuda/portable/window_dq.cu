@@ -115,14 +115,12 @@ struct WindowDQBlock {
 
   __device__ __forceinline__ WindowDQBlock(const WindowParams& params, uint32_t shared, int block)
       : p(params), at(params, kShape) {
-    const WindowTiling& t = p.tiling;
     int plane = p.by_blocks.split(block);
     batch = p.by_z.split(plane), z = plane;
-    const int keys = t.rows * t.pitch, all = t.units * keys;
-    unit = decode_unit<false>(p, block * t.units + at.unit);
-    shared_k = shared + at.unit * keys * kKeyBytes, shared_v = shared_k + (all + kTailKeys) * kKeyBytes;
-    spans = shared + 2 * (all + kTailKeys) * kKeyBytes + at.unit * t.tile_y * 8;
-    bias = shared + 2 * (all + kTailKeys) * kKeyBytes + t.units * t.tile_y * 8;
+    const WindowMap map(p, WindowKernel::dq, kHeadDim, at.unit);
+    unit = decode_unit<false>(p, block * p.tiling.units + at.unit);
+    shared_k = shared + map.first, shared_v = shared + map.second;
+    spans = shared + map.spans, bias = shared + map.bias;
     if (unit.ny > 0) {
       const int head_kv = unit.head / p.heads_per_kv;
       load_box<kHeadDim>(p, at, unit, p.k, plane_base<const T>(p.k, batch, z, head_kv), p.v,
@@ -282,7 +280,7 @@ __global__ void __launch_bounds__(256, kHeadDim == 32 ? 2 : 1)
 void launch_window_dq(const WindowParams& params, DType dtype, void* stream) {
   dispatch_window(dtype, params.head_dim, [&](auto element, auto channels) {
     using T = decltype(element);
-    const size_t bytes = window_shared_bytes(params, {.bias_sums = true});
+    const size_t bytes = window_shared_bytes(params, WindowKernel::dq);
     const auto go = [&](auto kernel) { launch_window(kernel, params, bytes, stream); };
     if (params.tiling.shape == Shape::narrow) return go(window_dq_kernel<T, 32, Shape::narrow>);
     go(window_dq_kernel<T, channels, Shape::flat>);

@@ -105,7 +105,8 @@ struct WindowForward {
   /// All key rows of the tile, from `offset` on. kCareful: what is not seen is left out by selection, not by adding
   /// -infinity, and non-finite values are counted.
   template <bool kCareful>
-  __device__ __forceinline__ void pass(uint32_t offset, const TileRows<kShape>& rows, float (&nonfinite)[kHeadDim / 8][4]) {
+  __device__ __forceinline__ void pass(uint32_t offset, const TileRows<kShape>& rows,
+                                       float (&nonfinite)[kHeadDim / 8][4]) {
     set_zero(acc_o);
     row_sum[0] = row_sum[1] = 0;
     acc_sum[0] = acc_sum[1] = acc_sum[2] = acc_sum[3] = 0;
@@ -218,14 +219,12 @@ struct WindowForwardBlock {
 
   __device__ __forceinline__ WindowForwardBlock(const WindowParams& params, uint32_t shared)
       : p(params), at(params, kShape) {
-    const WindowTiling& t = p.tiling;
     int block = blockIdx.x, plane = p.by_blocks.split(block);
     batch = p.by_z.split(plane), z = plane;
-    const int keys = t.rows * t.pitch, all = t.units * keys;
-    unit = decode_unit<false>(p, block * t.units + at.unit);
-    shared_k = shared + at.unit * keys * kKeyBytes, shared_v = shared_k + (all + kTailKeys) * kKeyBytes;
-    spans = shared + 2 * (all + kTailKeys) * kKeyBytes + at.unit * t.tile_y * 8;
-    bias = shared + 2 * (all + kTailKeys) * kKeyBytes + t.units * t.tile_y * 8 + at.unit * p.bias_table.bytes();
+    const WindowMap map(p, WindowKernel::forward, kHeadDim, at.unit);
+    unit = decode_unit<false>(p, block * p.tiling.units + at.unit);
+    shared_k = shared + map.first, shared_v = shared + map.second;
+    spans = shared + map.spans, bias = shared + map.bias + at.unit * p.bias_table.bytes();
     if (unit.ny > 0) load_rows(), fill_row_spans<false>(at, spans, unit);
     ptx::cp_async_commit();
     if (kBias && unit.ny > 0) fill_bias<T, false>(at, bias, p, unit.head);
@@ -350,7 +349,9 @@ __global__ void __launch_bounds__(kMostSquareWarps * 32, kHeadDim == 32 ? 2 : 1)
 
 template <class T, int kHeadDim, bool kBias>
 void launch_window_forward(const WindowParams& params, void* stream) {
-  const auto go = [&](auto kernel) { launch_window(kernel, params, window_shared_bytes(params), stream); };
+  const auto go = [&](auto kernel) {
+    launch_window(kernel, params, window_shared_bytes(params, WindowKernel::forward), stream);
+  };
   if (params.tiling.shape == Shape::square) return go(window_forward_square_kernel<T, kHeadDim>);
   if (params.tiling.ring) return go(window_forward_kernel<T, kHeadDim, Shape::flat, true, kBias>);
   if (kHeadDim == 32 && params.tiling.shape == Shape::narrow)
