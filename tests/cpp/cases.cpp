@@ -366,7 +366,7 @@ const std::vector<Case>& small_window_cases() {
     for (const int d : {8, 24, 40, 48, 56})
       for (const bool bias : {false, true})
         list.push_back({.name = "dim_" + std::to_string(d) + (bias ? "_bias" : ""),
-                        .axes = {axis(d == 24 ? 7 : 18, 5), axis(d == 24 ? 8 : 19, 7)},
+                        .axes = {axis(d == 8 ? 7 : 18, 5), axis(d == 8 ? 8 : 19, 7)},
                         .batch = 2,
                         .heads = 2,
                         .head_dim = d,
