@@ -270,6 +270,21 @@ std::vector<SmallWindow> small_windows() {
   };
 }
 
+// Windows that need square tiles: 8 neighbours see more than 16 columns.
+std::vector<SmallWindow> wide_windows() {
+  return {
+      {"plane_13", {axis(18, 13), axis(33, 13)}},
+      {"even_12_10", {axis(15, 12), axis(21, 10)}},
+      {"long_group_11", {axis(31, 11, 2), axis(35, 11, 2)}},
+      {"low_window_13", {axis(10, 3), axis(41, 13)}},
+      {"row_13", {axis(43, 13)}},
+      {"causal_13", {axis(17, 13, 1, kCausal), axis(22, 13, 1, kCausal)}},
+      {"stride_11", {strided(21, 11, 3), strided(30, 11, 5)}},
+      {"causal_strided_dilated_12", {strided(27, 11, 2, 2, kCausal), strided(37, 12, 3, 2, kCausal)}},
+      {"narrow_stride_5", {axis(9, 5), strided(29, 7, 5)}},
+  };
+}
+
 }  // namespace
 
 natten::Problem Case::problem(natten::DType dtype) const {
@@ -331,6 +346,32 @@ const std::vector<Case>& small_window_cases() {
                     .heads = 3,
                     .head_dim = 32,
                     .bias = true});
+    // Wide windows, and channels that do not exist (T-7), of every multiple of 8.
+    int head_dim = 0;
+    for (const bool bias : {false, true})
+      for (const SmallWindow& w : wide_windows()) {
+        const int i = int(list.size());
+        head_dim = head_dim % 64 + 8;
+        list.push_back({.name = std::string(w.name) + "_dim_" + std::to_string(head_dim) + (bias ? "_bias" : ""),
+                        .axes = w.axes,
+                        .batch = 1 + i % 2,
+                        .heads = 2,
+                        .heads_kv = 1 + i / 2 % 2,
+                        .head_dim = head_dim,
+                        .bias = bias,
+                        .dlse = i % 3 == 0,
+                        .amplitude = i % 4 == 3 ? 12.0 : 1.0,
+                        .layout = i % 5 == 4 ? Layout::packed : Layout::contiguous});
+      }
+    for (const int d : {8, 24, 40, 48, 56})
+      for (const bool bias : {false, true})
+        list.push_back({.name = "dim_" + std::to_string(d) + (bias ? "_bias" : ""),
+                        .axes = {axis(d == 8 ? 7 : 18, 5), axis(d == 8 ? 8 : 19, 7)},
+                        .batch = 2,
+                        .heads = 2,
+                        .head_dim = d,
+                        .bias = bias,
+                        .dlse = !bias});
     return list;
   }();
   return cases;

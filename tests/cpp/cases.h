@@ -33,7 +33,7 @@ std::ostream& operator<<(std::ostream& out, const Case& c);
 
 /// Hand-picked problems, each of which stands for a class of bugs.
 const std::vector<Case>& named_cases();
-/// What the CUDA kernels for small windows run: head_dim 32 and 64, rows and columns around the sizes of their tiles.
+/// What the CUDA kernels for small windows run: rows and columns around the sizes of their tiles.
 const std::vector<Case>& small_window_cases();
 /// Every combination of small sizes around the tile edges (T-1), with small heads.
 std::vector<Case> sweep_cases(int rank);

@@ -3,7 +3,7 @@
 //
 // A thread keeps one chunk of 16 bytes of one column (two columns, if there are 64 channels) and walks down the rows,
 // so that a load costs a minimum and a multiplication. Columns and rows past the box repeat its last ones: always
-// finite where the tensor is, and no predicates.
+// finite where the tensor is, and no predicates. Threads whose channels do not exist load nothing.
 #pragma once
 #include "cuda/portable/window.cuh"
 
@@ -33,7 +33,7 @@ class RowLoader {
     next_ = p.row_parts > 1 ? 0 : p.by_row_threads.split(index);
     index += part * at.threads;
     const int chunk = index % kChunks, key = index / kChunks, width = p.tiling.pitch / kColumns;
-    if (next_ >= p.rows_at_once || key >= width) next_ = 1 << 30;  // nothing to load
+    if (next_ >= p.rows_at_once || key >= width || chunk * 8 >= p.head_dim) next_ = 1 << 30;  // nothing to load
     last_ = u.box_y.size() - 1;
     const BoxStrides s_a(p, plane_a), s_b(p, plane_b);
     const int column = detail::min(key, u.box_x.size() - 1);
@@ -73,6 +73,19 @@ class RowLoader {
   int more_a_ = 0, more_b_ = 0, more_to_ = 0;         // bytes from the first to the second column
 };
 
+/// Zeros for the channels that do not exist, of all rows of two tensors.
+template <int kHeadDim>
+__device__ __forceinline__ void clear_missing_channels(const WindowParams& p, const Place& at, uint32_t a, uint32_t b) {
+  if (p.head_dim == kHeadDim) return;
+#pragma unroll 1
+  for (int key = at.thread; key < p.tiling.rows * p.tiling.pitch; key += at.threads)
+#pragma unroll 1
+    for (int chunk = p.head_dim / 8; chunk < kHeadDim / 8; ++chunk) {
+      const uint32_t to = key * (kHeadDim * 2) + ((chunk ^ chunk_swizzle<kHeadDim>(key)) << 4);
+      ptx::store_shared_128(a + to, uint4{0, 0, 0, 0}), ptx::store_shared_128(b + to, uint4{0, 0, 0, 0});
+    }
+}
+
 /// A unit's whole box.
 template <int kHeadDim, class T>
 __device__ __forceinline__ void load_box(const WindowParams& p, const Place& at, const Unit& u, const Plane& plane_a,
@@ -82,6 +95,7 @@ __device__ __forceinline__ void load_box(const WindowParams& p, const Place& at,
     RowLoader<kHeadDim, false> loader(p, at, u, plane_a, a, plane_b, b, to_a, to_b, part);
     loader.load(p, plane_a, plane_b, p.tiling.rows);
   }
+  clear_missing_channels<kHeadDim>(p, at, to_a, to_b);
 }
 
 }  // namespace natten::cuda_portable

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
+#include <utility>
 
 #include "cuda/device.h"
 #include "cuda/portable/boxes.h"
@@ -15,20 +17,28 @@ namespace {
 
 constexpr double kLog2e = 1.44269504088896340736;
 constexpr int kMostWindow = 13;
-constexpr int kMostKeys = 127;           // of a query: see count_nonfinite in window_forward.cu
-constexpr int kStepColumns = 16;         // of keys, that 8 queries see
+static_assert(kMostWindow * kMostWindow <= 255, "see count_nonfinite in window_forward.cu");
+constexpr int kMostHeadDim = 64;
+constexpr int kStepColumns = 16;         // of keys, that the queries of a warp's tile see
 constexpr int64_t kMostPlane = 1 << 29;  // elements, so that offsets in bytes fit 32 bits
 constexpr int64_t kMostStride = int64_t{1} << 32;
 constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
 constexpr int kMostSummed = 7;   // window of which a bias has a gradient: see LaneSums
-constexpr int kLeastStrip = 16;  // tokens below each other
-constexpr int kStripStart = 4;   // what a block does before its first row is worth that many
-// A table of spans of that many rows does not cost a block its place on a multiprocessor.
-constexpr int most_strip(int head_dim) { return head_dim == 32 ? 256 : 96; }
 constexpr int kBlocksPerSm = 8;  // of dq where each has sums: few enough tables, even work
 
-// Positions that `tile` neighbours see together: at most.
+// Positions that `tile` neighbours see together, at most: their windows and what lies between leaders of stride groups.
 int seen_by(const Axis& group, int tile) { return group.window + tile - 1 + group.stride - 1; }
+
+// The same for tiles that begin at multiples of `tile`.
+int seen_by_aligned(const Axis& group, int tile) {
+  if (tile % group.stride == 0) return group.window + tile - group.stride;
+  return group.window + detail::ceil_div(tile - 1, group.stride) * group.stride;
+}
+
+// Whether the columns that a warp's tile sees are no more than a step has.
+bool is_one_step(const Axis& x, Shape shape) {
+  return std::min(seen_by_aligned(x, tile_columns(shape)), x.extent) <= kStepColumns;
+}
 
 int round_up(int n, int to) { return detail::ceil_div(n, to) * to; }
 
@@ -56,102 +66,139 @@ bool fits_groups(const Axis& y, const Axis& x) { return y.extent <= 16 && x.exte
 void set_group_tiling(const Axis& y, const Axis& x, WindowTiling& t) {
   t.tile_y = round_up(y.extent, 2), t.tile_x = round_up(x.extent, 8);
   t.units = t.tile_x == 8 ? 2 : 1;
-  t.row_pairs = t.tile_x == 8 ? 1 : std::min(2, t.tile_y / 2);
+  t.warps_y = t.tile_x == 8 ? 1 : std::min(2, t.tile_y / 2);
 }
 
-// Warps of the forward kernel that registers let a multiprocessor hold, and the most of a block (see its launch bounds).
-constexpr int most_ring_warps(int head_dim) { return head_dim == 32 ? 16 : 12; }
-constexpr int most_block_warps(int head_dim) { return head_dim == 32 ? 4 : 6; }
-
-// Blocks of `params` that a multiprocessor holds.
-int blocks_per_sm(const WindowParams& params, int head_dim) {
-  constexpr size_t kReserved = 1024;  // of each block, by CUDA
-  const size_t shared = cuda::current_device()->max_shared_bytes + kReserved;
-  const int by_shared = int(shared / (window_shared_bytes(params, {head_dim}) + kReserved));
-  return std::min(by_shared, most_ring_warps(head_dim) / (params.threads() / 32));
+Shape choose_shape(const Problem& p, const Axis& x) {
+  if (!is_one_step(x, Shape::flat)) return Shape::square;
+  return x.extent <= 8 && channel_bucket(p.head_dim) == 32 ? Shape::narrow : Shape::flat;
 }
 
-// The arrangement of warps of which most fit; returns the blocks per multiprocessor.
-int set_ring_warps(const Axis& y, const Axis& x, WindowParams& params, int head_dim) {
-  WindowTiling& t = params.tiling;
+void set_bias_table(const Problem& p, WindowParams& params) {
+  const Axis y = longest_group(p.axes[1]), x = longest_group(p.axes[2]);
+  params.bias_table = WindowBias(y.window, x.window, choose_shape(p, x));
+  params.by_bias_columns = FastDiv(2 * params.bias_table.x);
+}
+
+// The most tokens of a strip below each other: the table of their spans must not cost a block its place.
+int most_strip(int head_dim) { return channel_bucket(head_dim) == 32 ? 128 : 96; }
+int least_parts(const Problem& p, const Axis& y) { return detail::ceil_div(y.extent, most_strip(p.head_dim)); }
+
+// Rows and columns of a strip's ring: what this step and the next one see.
+void set_ring(const Axis& y, const Axis& x, WindowTiling& t) {
+  t.rows = seen_by(y, 2 * t.step_rows());
   t.pitch = round_up(std::min(seen_by(x, t.tile_x), x.extent), 8);
-  t.tile_y = std::min(y.extent, most_strip(head_dim));
-  const auto set = [&](int row_pairs) {
-    t.row_pairs = row_pairs;
-    t.rows = seen_by(y, 4 * row_pairs);  // of this step and the next
-    return blocks_per_sm(params, head_dim);
-  };
-  const int most = most_block_warps(head_dim) / params.octets();
-  int best = std::min(most, 4 / params.octets()), blocks = set(best);
-  for (int row_pairs = best + 1; row_pairs <= most; ++row_pairs)
-    if (const int n = set(row_pairs); n * row_pairs > blocks * best) best = row_pairs, blocks = n;
-  set(best);
+}
+
+// Blocks that a multiprocessor holds: shared memory, of which each takes 1 KiB more than it asks for, and registers
+// for `most_warps` decide.
+int blocks_per_sm(const WindowParams& params, int most_warps) {
+  const int by_memory = (cuda::current_device()->max_shared_bytes + 1024) /
+                        int(window_shared_bytes(params, WindowKernel::forward) + 1024);
+  return std::min(by_memory, most_warps / (params.threads() / 32));
+}
+
+// Blocks of each multiprocessor. Wide enough for few halo columns, and full in its last copy; of 64 channels as many
+// warps below each other as keep a multiprocessor busiest.
+int set_flat_columns(const Axis& y, const Axis& x, WindowParams& params) {
+  WindowTiling& t = params.tiling;
+  const int rest = x.extent % 16;
+  t.tile_x = rest == 0 || rest > 8 ? 16 : 8;
+  const int most = most_flat_warps(channel_bucket(params.head_dim)), most_warps = most == 4 ? 16 : 12;
+  int best = 0, blocks = 0;
+  for (int warps = 4 / t.warps_x(); warps <= most / t.warps_x(); ++warps) {
+    t.warps_y = warps;
+    set_ring(y, x, t);
+    if (const int n = blocks_per_sm(params, most_warps); n * warps > blocks * best || best == 0)
+      best = warps, blocks = n;
+  }
+  t.warps_y = best;
+  set_ring(y, x, t);
   return std::max(blocks, 1);
 }
 
-// Strips of a plane's columns: wide enough for few halo columns, full in their last copy.
-// `parts`: how many strips below each other. Returns how many of them run at the same time.
-int64_t set_ring_tiling(const Problem& p, const Axis& y, const Axis& x, int parts, WindowParams& params) {
+// The same for square tiles, one below the other: as many side by side as keep a multiprocessor busiest, and of those
+// that load the fewest columns.
+int set_square_columns(const Axis& y, const Axis& x, WindowParams& params) {
   WindowTiling& t = params.tiling;
-  t.ring = true;
-  const int rest = x.extent % 16;
-  t.tile_x = rest == 0 || rest > 8 ? 16 : 8;
-  const int64_t slots = int64_t{set_ring_warps(y, x, params, p.head_dim)} * cuda::current_device()->num_sms;
-  t.tile_y = round_up(detail::ceil_div(y.extent, parts), 2 * t.row_pairs);
-  return slots;
+  const int most_warps = channel_bucket(params.head_dim) == 32 ? 2 * kMostSquareWarps : kMostSquareWarps;
+  WindowTiling best;
+  int blocks = 1;
+  std::pair<double, int> most{-1, 0};
+  for (int warps = kMostSquareWarps; warps > 0; --warps) {
+    t.tile_x = warps * tile_columns(t.shape);
+    set_ring(y, x, t);
+    if (t.pitch > 8 * warps) continue;  // a pass of its threads loads a row
+    const int fit = blocks_per_sm(params, most_warps), strips = detail::ceil_div(x.extent, t.tile_x);
+    const std::pair busy{double(fit * warps) * x.extent / (strips * t.tile_x), -strips * t.pitch};
+    if (busy > most) most = busy, best = t, blocks = std::max(fit, 1);
+  }
+  t = best;
+  return blocks;
 }
 
-int least_parts(const Problem& p, const Axis& y) { return detail::ceil_div(y.extent, most_strip(p.head_dim)); }
+// Cuts planes into strips, `parts` of them below each other. Returns how many of them run at the same time.
+int64_t set_strips(const Problem& p, const Axis& y, const Axis& x, int parts, WindowParams& params) {
+  WindowTiling& t = params.tiling;
+  t.ring = true, t.shape = choose_shape(p, x);
+  if (t.shape == Shape::narrow) t.shape = Shape::flat;
+  t.tile_y = std::min(y.extent, most_strip(p.head_dim));
+  const int blocks = t.shape == Shape::square ? set_square_columns(y, x, params) : set_flat_columns(y, x, params);
+  t.tile_y = round_up(detail::ceil_div(y.extent, parts), t.step_rows());
+  return int64_t{blocks} * cuda::current_device()->num_sms;
+}
 
-// Samples that run in the same number of parts.
+// Samples whose planes are cut into the same number of parts.
 struct Zone {
   int first = 0, samples = 0, parts = 1;
 };
 
-// How samples are cut into strips, so that the GPU is busy to the end: most of them in long strips, for what a block
-// does first is worth some rows; the rest in short ones that fill up what the long ones leave free.
+// How samples are cut, so that the GPU is busy to the end: most of them into long strips, for what a block does first
+// is worth some rows; the rest into short ones that fill up what the long ones leave free.
 struct Zones {
   Zone of[2];
 };
 
-Zones cut_to_strips(const Problem& p, const Axis& y, const Axis& x) {
-  Zones zones;
+Zones cut_samples(const Problem& p, const Axis& y, const Axis& x) {
+  constexpr int kLeastRows = 16;
   WindowParams params;
-  if (p.has_bias) params.bias_table = WindowBias(y.window, x.window);
-  const int64_t slots = set_ring_tiling(p, y, x, 1, params);
-  const int step = 2 * params.tiling.row_pairs;
+  params.head_dim = p.head_dim;
+  if (p.has_bias) set_bias_table(p, params);
+  const int64_t slots = set_strips(p, y, x, 1, params);
+  const WindowTiling& t = params.tiling;
   const int64_t strips = int64_t{p.axes[0].extent} * p.heads * num_groups(p.axes[1]) * num_groups(p.axes[2]) *
-                         detail::ceil_div(x.extent, params.tiling.tile_x);  // of a sample
-  const auto rows = [&](int parts) { return round_up(detail::ceil_div(y.extent, parts), step) + kStripStart; };
-  int64_t shortest = INT64_MAX;  // in rows
+                         detail::ceil_div(x.extent, t.tile_x);  // of a sample
+  const int first_rows = t.shape == Shape::square ? 8 : 4;      // worth what a block does first
+  const auto rows = [&](int parts) { return round_up(detail::ceil_div(y.extent, parts), t.step_rows()) + first_rows; };
+  const auto waves = [&](int64_t blocks) { return (blocks + slots - 1) / slots; };
+  Zones zones;
+  int64_t shortest = std::numeric_limits<int64_t>::max();  // in rows
   const auto consider = [&](int64_t time, const Zone& first, const Zone& second) {
     if (time < shortest) shortest = time, zones = {{first, second}};
   };
   const int batch = int(p.batch), least = least_parts(p, y);
-  const int most = std::clamp(y.extent / kLeastStrip, least, least + 15);
+  const int most = std::clamp(y.extent / kLeastRows, least, least + 15);
   for (int parts = least; parts <= most; ++parts)
-    consider(detail::ceil_div(strips * batch * parts, slots) * rows(parts), {0, batch, parts}, {});
+    consider(waves(strips * batch * parts) * rows(parts), {0, batch, parts}, {});
   for (int parts = least; parts < least + 2; ++parts) {
-    const int64_t rounds = strips * batch * parts / slots;
-    const int samples = int(rounds * slots / (strips * parts)), rest = batch - samples;
+    const int64_t full = strips * batch * parts / slots;  // waves
+    const int samples = int(full * slots / (strips * parts)), rest = batch - samples;
     if (samples == 0 || rest == 0) continue;
-    const int64_t free = rounds * slots - samples * strips * parts;
+    const int64_t free = full * slots - samples * strips * parts;
     for (int more = parts + 1; more <= most; ++more) {
       const int64_t left = std::max<int64_t>(rest * strips * more - free * (rows(parts) / rows(more)), 0);
-      consider(rounds * rows(parts) + detail::ceil_div(left, slots) * rows(more), {0, samples, parts},
-               {samples, rest, more});
+      consider(full * rows(parts) + waves(left) * rows(more), {0, samples, parts}, {samples, rest, more});
     }
   }
   return zones;
 }
 
 void set_backward_tiling(const Problem& p, const Axis& y, const Axis& x, bool of_keys, WindowTiling& t) {
-  t.tile_y = std::min(8, round_up(y.extent, 2)), t.tile_x = std::min(16, round_up(x.extent, 8));
-  t.units = 1, t.row_pairs = std::min(2, t.tile_y / 2);
-  if (of_keys && p.heads_per_kv() > 1) {
-    t.row_pairs = t.tile_y / 2;  // a tile for each warp
-    return;
-  }
+  t.shape = choose_shape(p, x);
+  t.tile_y = std::min(8, round_up(y.extent, tile_rows(t.shape))), t.tile_x = std::min(16, round_up(x.extent, 8));
+  t.units = 1, t.warps_y = t.tile_y / tile_rows(t.shape);  // a tile for each warp
+  if (t.shape == Shape::square || (of_keys && p.heads_per_kv() > 1)) return;
+  t.warps_y = std::min(2, t.warps_y);
   if (fits_groups(y, x)) set_group_tiling(y, x, t);
 }
 
@@ -166,7 +213,7 @@ void set_units(const Problem& p, const Axis& y, const Axis& x, WindowParams& par
   params.by_heads = FastDiv(heads), params.by_groups_x = FastDiv(num_groups(p.axes[2]));
   params.by_tiles_x = FastDiv(t.tiles_x), params.by_tiles_y = FastDiv(t.tiles_y);
   params.by_rows = FastDiv(t.rows);
-  params.by_octets = FastDiv(params.octets()), params.by_unit_warps = FastDiv(params.octets() * t.row_pairs);
+  params.by_warps_x = FastDiv(t.warps_x()), params.by_unit_warps = FastDiv(t.warps_x() * t.warps_y);
   const int row_threads = t.pitch * 4, threads = params.threads() / t.units;  // see RowLoader
   params.by_row_threads = FastDiv(row_threads);
   params.rows_at_once = std::max(threads / row_threads, 1), params.row_parts = detail::ceil_div(row_threads, threads);
@@ -190,13 +237,9 @@ bool fits(const Problem& p, const TensorView& t, int64_t multiple) {
   return good && t.strides[2] * p.axes[1].extent + t.strides[3] * p.axes[2].extent < kMostPlane;
 }
 
-void set_bias_table(const Problem& p, WindowParams& params) {
-  params.bias_table = WindowBias(longest_group(p.axes[1]).window, longest_group(p.axes[2]).window);
-  params.by_bias_columns = FastDiv(2 * params.bias_table.x);
-}
-
 WindowParams common_params(const Problem& p, const ForwardArgs& args) {
   WindowParams params;
+  params.head_dim = p.head_dim;
   params.y = p.axes[1], params.x = p.axes[2], params.planes_z = p.axes[0].extent;
   params.by_dilation_y = FastDiv(p.axes[1].dilation), params.by_dilation_x = FastDiv(p.axes[2].dilation);
   params.heads_per_kv = p.heads_per_kv();
@@ -209,22 +252,25 @@ WindowParams common_params(const Problem& p, const ForwardArgs& args) {
 }
 
 ForwardArgs samples_from(const Problem& p, ForwardArgs args, int first) {
-  for (TensorView* t : {&args.q, &args.k, &args.v, &args.out, &args.lse})
-    if (*t)
-      t->ptr = static_cast<char*>(t->ptr) + first * t->strides[0] * (t == &args.lse ? sizeof(float) : size_of(p.dtype));
+  const auto move = [first](TensorView& t, size_t size) {
+    if (t) t.ptr = static_cast<char*>(t.ptr) + first * t.strides[0] * int64_t(size);
+  };
+  for (TensorView* t : {&args.q, &args.k, &args.v, &args.out}) move(*t, size_of(p.dtype));
+  move(args.lse, sizeof(float));
   return args;
 }
 
-WindowParams zone_params(Problem p, const ForwardArgs& args, const Zone& zone) {
+WindowParams forward_params(Problem p, const ForwardArgs& args, const Zone& zone) {
   p.batch = zone.samples;
   WindowParams params = common_params(p, samples_from(p, args, zone.first));
   const Axis y = longest_group(p.axes[1]), x = longest_group(p.axes[2]);
   if (fits_groups(y, x)) {
     WindowTiling& t = params.tiling;
+    t.shape = choose_shape(p, x);
     set_group_tiling(y, x, t);
     t.rows = y.extent, t.pitch = t.tile_x;
   } else {
-    set_ring_tiling(p, y, x, zone.parts, params);
+    set_strips(p, y, x, zone.parts, params);
   }
   set_units(p, y, x, params, p.heads);
   return params;
@@ -232,7 +278,7 @@ WindowParams zone_params(Problem p, const ForwardArgs& args, const Zone& zone) {
 
 Zones forward_zones(const Problem& p) {
   const Axis y = longest_group(p.axes[1]), x = longest_group(p.axes[2]);
-  return fits_groups(y, x) ? Zones{{{0, int(p.batch), 1}, {}}} : cut_to_strips(p, y, x);
+  return fits_groups(y, x) ? Zones{{{0, int(p.batch), 1}, {}}} : cut_samples(p, y, x);
 }
 
 WindowParams backward_params(const Problem& p, const BackwardArgs& args, void* stats) {
@@ -250,7 +296,7 @@ WindowParams dkdv_params(const Problem& p, const BackwardArgs& args, void* stats
   WindowTiling& t = params.tiling;
   set_backward_tiling(p, y, x, true, t);
   t.rows = seeing(p.axes[1], t.tile_y), t.pitch = round_up(seeing(p.axes[2], t.tile_x), 8);
-  if (p.heads_per_kv() > 1) set_bias_table(p, params);  // see window_dkdv.cu
+  if (p.heads_per_kv() > 1 && t.shape != Shape::square) set_bias_table(p, params);  // see window_dkdv.cu
   set_units(p, y, x, params, p.heads_kv);
   return params;
 }
@@ -279,9 +325,9 @@ WindowParams dq_params(const Problem& p, const BackwardArgs& args, void* stats, 
   if (t.tile_y == 8 && y.extent > 16) {
     // Sums take memory per warp: larger tiles take less of it for the halo, if two still fit.
     const WindowTiling small = t;
-    t.tile_y = 16, t.row_pairs = 4;
+    t.tile_y = 16, t.warps_y = 4;
     set_rows();
-    if (2 * window_shared_bytes(params, {p.head_dim, false, true}) > size_t(cuda::current_device()->max_shared_bytes))
+    if (2 * window_shared_bytes(params, WindowKernel::dq) > size_t(cuda::current_device()->max_shared_bytes))
       t = small, set_rows();
   }
   params.bias_sums = bias_sums;
@@ -295,49 +341,36 @@ bool fits_shared(const Problem& p, Pass pass) {
   const size_t most = size_t(cuda::current_device()->max_shared_bytes);
   if (pass == Pass::forward) {
     const Zone longest{0, int(p.batch), least_parts(p, longest_group(p.axes[1]))};
-    return window_shared_bytes(zone_params(p, {}, longest), {p.head_dim}) <= most;
+    return window_shared_bytes(forward_params(p, {}, longest), WindowKernel::forward) <= most;
   }
-  return window_shared_bytes(dq_params(p, {}, nullptr, nullptr), {p.head_dim, false, true}) <= most &&
-         window_shared_bytes(dkdv_params(p, {}, nullptr), {p.head_dim, true, false}) <= most;
+  return window_shared_bytes(dq_params(p, {}, nullptr, nullptr), WindowKernel::dq) <= most &&
+         window_shared_bytes(dkdv_params(p, {}, nullptr), WindowKernel::dkdv) <= most;
 }
 
 }  // namespace
 
-size_t window_shared_bytes(const WindowParams& p, const WindowShared& what) {
-  const size_t units = p.tiling.units, keys = units * p.tiling.rows * p.tiling.pitch + kTailKeys;
-  size_t bytes = keys * (4 * what.head_dim + (what.stats ? 16 : 0)) + units * p.tiling.tile_y * sizeof(Span);
-  if (p.bias_table.y == 0) return bytes;
-  bytes += units * p.bias_table.bytes();
-  if (what.bias_sums) bytes += p.threads() / 32 * p.bias_table.sum_bytes() + units * p.tiling.tile_x * sizeof(Span);
-  return bytes;
-}
-
 const char* why_not_window(const Problem& p, Pass pass) {
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "it runs bfloat16 and float16 only";
   if (p.batch == 0 || p.tokens() == 0) return "there are no queries";
-  if (p.head_dim != p.head_dim_v || (p.head_dim != 32 && p.head_dim != 64)) return "head_dim is neither 32 nor 64";
+  if (p.head_dim > kMostHeadDim || p.head_dim % 8 != 0) return "head_dim is more than 64, or no multiple of 8";
+  if (p.head_dim != p.head_dim_v) return "values are not as long as keys";
   if (p.axes[0].window != 1) return "the window has more than one plane";
   if (p.extra_keys > 0) return "there are additional keys";
-  const Axis y = longest_group(p.axes[1]), x = longest_group(p.axes[2]);
+  const Axis x = longest_group(p.axes[2]);
   if (p.axes[1].window > kMostWindow || p.axes[2].window > kMostWindow) return "the window is larger than 13";
   if (!p.has_window()) return "kernel_size 0 has no windows";
-  if (std::min(seen_by(x, 8), x.extent) > kStepColumns) return "8 neighbours along the last axis see more than 16 keys";
-  if (y.window * x.window > kMostKeys) return "a query sees more than 127 keys";
+  if (!is_one_step(x, Shape::square)) return "4 neighbours along the last axis see more than 16 keys";
   if (!(p.scale > 1e-6 && p.scale < 1e6)) return "the scale is not between 1e-6 and 1e6";
   if (double(p.batch) * p.tokens() * p.heads > double(kMostBlocks)) return "there are more than 2^31 queries";
-  if (pass == Pass::backward && p.has_bias && x.window > kMostSummed)
-    return "there is a relative position bias, and the window is wider than 7";
+  if (pass == Pass::backward && p.has_bias && (x.window > kMostSummed || choose_shape(p, x) == Shape::square))
+    return "there is a relative position bias, and the window is wider than 7 or strided";
   if (int64_t{p.axes[1].extent} * p.axes[2].extent * p.heads >= kMostPlane) return "a plane has more than 2^29 rows";
   return fits_shared(p, pass) ? nullptr : "it needs more shared memory than this GPU has";
 }
 
 Int3 window_tile(const Problem& p, Pass pass) {
-  if (pass == Pass::forward) {
-    const WindowTiling t = zone_params(p, {}, forward_zones(p).of[0]).tiling;
-    return {1, t.tile_y, t.tile_x};
-  }
-  WindowTiling t;
-  set_backward_tiling(p, longest_group(p.axes[1]), longest_group(p.axes[2]), true, t);
+  const WindowTiling t =
+      (pass == Pass::forward ? forward_params(p, {}, forward_zones(p).of[0]) : dkdv_params(p, {}, nullptr)).tiling;
   return {1, t.tile_y, t.tile_x};
 }
 
@@ -346,8 +379,7 @@ bool window_forward(const Problem& p, const ForwardArgs& args, void* stream) {
     if (!fits(p, t, 8)) return false;
   if (!fits(p, args.lse, 1) || !fits(p, args.bias, 1)) return false;
   for (const Zone& zone : forward_zones(p).of)
-    if (zone.samples > 0)
-      launch_window_forward(zone_params(p, args, zone), p.dtype, p.head_dim, stream, zone.first > 0);
+    if (zone.samples > 0) launch_window_forward(forward_params(p, args, zone), p.dtype, stream, zone.first > 0);
   return true;
 }
 
@@ -364,9 +396,9 @@ bool window_backward(const Problem& p, const BackwardArgs& args, void* stream, v
     if (!fits(p, t, 1)) return false;
   float* sums = args.dbias ? reinterpret_cast<float*>(static_cast<char*>(workspace) + stats_bytes(p)) : nullptr;
   const WindowParams params = dq_params(p, args, workspace, sums);
-  launch_window_dq(params, p.dtype, p.head_dim, stream);
+  launch_window_dq(params, p.dtype, stream);
   if (params.bias_sums) launch_reduce_bias(p, sums, params.bias_sum_tables, args.dbias, stream);
-  if (args.dk || args.dv) launch_window_dkdv(dkdv_params(p, args, workspace), p.dtype, p.head_dim, stream);
+  if (args.dk || args.dv) launch_window_dkdv(dkdv_params(p, args, workspace), p.dtype, stream);
   return true;
 }
 

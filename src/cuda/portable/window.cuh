@@ -85,16 +85,17 @@ struct Column {
 /// Where a thread stands in its block.
 struct Place {
   int lane, g, t;
-  int unit, row_pair, x;  // of the warp: unit of the block, first row pair, first column of its octet
-  int thread, threads;    // of those that share the unit
+  int unit, y, x;       // of the warp: unit of the block, first row and column of its first tile
+  int row, column;      // of the lane: of its first token in the tile, and from the unit's first column
+  int thread, threads;  // of those that share the unit
 
-  __device__ explicit Place(const WindowParams& p) {
+  __device__ Place(const WindowParams& p, Shape shape) {
     lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int rest = __shfl_sync(~0u, int(threadIdx.x) / 32, 0);  // uniform, and the compiler knows
     unit = p.by_unit_warps.split(rest);
     threads = p.by_unit_warps.divisor * 32, thread = rest * 32 + lane;
-    row_pair = p.by_octets.split(rest);
-    x = rest * 8;
+    y = p.by_warps_x.split(rest) * tile_rows(shape), x = rest * tile_columns(shape);
+    row = g / tile_columns(shape), column = x + (g & (tile_columns(shape) - 1));
   }
 };
 
@@ -119,18 +120,31 @@ __device__ __forceinline__ void fill_row_spans(const Place& at, uint32_t to, con
   }
 }
 
-/// What the two rows of a warp's tile see, relative to the first row that either does.
-struct RowPair {
-  int first_row;       // in the box
-  int rows;            // of both
-  int limit0, first1;  // row 0 sees [0, limit0), row 1 [first1, rows)
-  int bias_index = 0;  // of the bias table's row for row 0 of the tile and first_row
-  uint32_t bias = 0;   // the same in bytes
+/// What the rows of a warp's tile see, relative to the first row that any does.
+template <Shape kShape>
+struct TileRows {
+  int first_row;         // in the box
+  int rows;              // of all
+  int begin[2], end[2];  // this lane's two tokens see [begin, end)
+  int bias_index = 0;    // of the bias table's row for row 0 of the tile and first_row
+  uint32_t bias = 0;     // the same in bytes
 
-  __device__ __forceinline__ RowPair(uint32_t spans, int y, bool has_second) {
-    const uint2 a = ptx::load_shared_64(spans + y * 8), b = ptx::load_shared_64(spans + (y + has_second) * 8);
-    first_row = a.x, limit0 = a.y - a.x;
-    first1 = b.x - a.x, rows = b.y - a.x;
+  /// Tokens behind the last row repeat it.
+  __device__ __forceinline__ TileRows(uint32_t spans, const Place& at, int y, int ny) {
+    const auto span = [&](int row) { return ptx::load_shared_64(spans + detail::min(row, ny - 1) * 8); };
+    const uint2 first = kShape == Shape::square ? span(y + at.row) : ptx::load_shared_64(spans + y * 8);
+    const uint2 second = span(y + at.row + second_row(kShape));
+    const int top = kShape == Shape::square ? span(y).x : first.x;
+    const int bottom = kShape == Shape::square ? span(y + tile_rows(kShape) - 1).y : second.y;
+    first_row = top, rows = bottom - top;
+    begin[0] = first.x - top, end[0] = first.y - top;
+    begin[1] = second.x - top, end[1] = second.y - top;
+  }
+
+  /// Of two rows, the first begins where both do and the second ends there.
+  __device__ __forceinline__ bool sees(int token, int row) const {
+    if (kShape == Shape::square) return row >= begin[token] && row < end[token];
+    return token == 0 ? row < end[0] : row >= begin[1] && row < rows;
   }
 };
 
@@ -153,17 +167,51 @@ __device__ __forceinline__ void column_mask(float (&mask)[kOctets][4], const Win
 // ---- fragments ---- The order of the channels in a product over head_dim is free, so lane (g, t) takes channels 8t
 // .. 8t + 7 (+ 32) of its row with one 16-byte load: two k steps of an A or B fragment.
 
-/// A fragments of two rows (first and second eight of the tile) from 16-byte words.
+/// The channels that a lane loads of its rows in global memory. If its last eight do not exist, it loads the first ones
+/// that do once more and masks them.
+template <int kHeadDim>
+struct LaneChannels {
+  static constexpr int kWords = kHeadDim / 32;
+  uint32_t mask;    // of the last word
+  int first, last;  // channel of the first word, and channels from there to the last one
+
+  __device__ __forceinline__ LaneChannels(const WindowParams& p, const Place& at) {
+    const bool exists = at.t * 8 + kHeadDim - 32 < p.head_dim;
+    mask = exists ? ~0u : 0;
+    first = kWords > 1 || exists ? at.t * 8 : 0, last = exists ? kHeadDim - 32 : 0;
+  }
+  /// `from`: channel `first` of a row.
+  template <class T>
+  __device__ __forceinline__ void load(uint4 (&words)[kWords], const T* from) const {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = ptx::load_global_128(from + (i + 1 < kWords ? i * 32 : last));
+  }
+};
+
+/// A fragments of two rows (first and second eight of the tile) from 16-byte words: take(i, x) of each part of word i.
+template <int kHeadDim, class Take>
+__device__ __forceinline__ void take_fragments(uint32_t (&a)[kHeadDim / 16][4], const uint4 (&words)[2][kHeadDim / 32],
+                                               const Take& take) {
+#pragma unroll
+  for (int i = 0; i < kHeadDim / 32; ++i) {
+    a[2 * i][0] = take(i, words[0][i].x), a[2 * i][1] = take(i, words[1][i].x);
+    a[2 * i][2] = take(i, words[0][i].y), a[2 * i][3] = take(i, words[1][i].y);
+    a[2 * i + 1][0] = take(i, words[0][i].z), a[2 * i + 1][1] = take(i, words[1][i].z);
+    a[2 * i + 1][2] = take(i, words[0][i].w), a[2 * i + 1][3] = take(i, words[1][i].w);
+  }
+}
 template <int kHeadDim>
 __device__ __forceinline__ void make_fragments(uint32_t (&a)[kHeadDim / 16][4], const uint4 (&words)[2][kHeadDim / 32],
                                                uint32_t zero) {
-#pragma unroll
-  for (int i = 0; i < kHeadDim / 32; ++i) {
-    a[2 * i][0] = ptx::opaque(words[0][i].x, zero), a[2 * i][1] = ptx::opaque(words[1][i].x, zero);
-    a[2 * i][2] = ptx::opaque(words[0][i].y, zero), a[2 * i][3] = ptx::opaque(words[1][i].y, zero);
-    a[2 * i + 1][0] = ptx::opaque(words[0][i].z, zero), a[2 * i + 1][1] = ptx::opaque(words[1][i].z, zero);
-    a[2 * i + 1][2] = ptx::opaque(words[0][i].w, zero), a[2 * i + 1][3] = ptx::opaque(words[1][i].w, zero);
-  }
+  take_fragments<kHeadDim>(a, words, [&](int, uint32_t x) { return ptx::opaque(x, zero); });
+}
+/// Without the channels that do not exist: the mask of the last word is as opaque as `zero`.
+template <int kHeadDim>
+__device__ __forceinline__ void make_fragments(uint32_t (&a)[kHeadDim / 16][4], const uint4 (&words)[2][kHeadDim / 32],
+                                               uint32_t zero, const LaneChannels<kHeadDim>& channels) {
+  take_fragments<kHeadDim>(a, words, [&](int i, uint32_t x) {
+    return (i + 1) * 32 < kHeadDim ? ptx::opaque(x, zero) : ptx::masked(x, channels.mask);
+  });
 }
 
 /// d = rows * keys^T + c for 8 keys; b: this lane's key.
@@ -231,12 +279,12 @@ __device__ __forceinline__ bool is_nonfinite_half(uint32_t half) {
 
 /// Where a warp's tile of a unit lies in shared memory, for the two ways to read a row: 16-byte chunks of key `g`, and
 /// ldmatrix. `column`: the first of the tile's, counted from the unit's first key.
-template <int kHeadDim, int kOctets>
+template <int kHeadDim, Shape kShape>
 struct LaneAddresses {
   uint32_t row, transposed;
 
   __device__ __forceinline__ LaneAddresses(const Place& at, int column) {
-    const int key = column + at.g, other = column + (kOctets == 2 ? at.lane & 15 : at.lane & 7);
+    const int key = column + at.g, other = column + (at.lane & (step_octets(kShape) * 8 - 1));
     row = key * (kHeadDim * 2) + ((at.t ^ chunk_swizzle<kHeadDim>(key)) << 4);
     transposed = other * (kHeadDim * 2) + ((at.lane / 16 ^ chunk_swizzle<kHeadDim>(other)) << 4);
   }
@@ -259,13 +307,25 @@ __device__ __forceinline__ void pairs_to_fours(uint32_t& a, uint32_t& b, int t) 
 /// The first channel that a lane stores.
 __device__ __forceinline__ int stored_channel(int t) { return t % 2 * 8 + t / 2 * 4; }
 
-/// acc * factor of rows 0 and 1 (if they exist) of a tile to memory; `to` is this lane's column of row 0, from
-/// `stored_channel` on.
+/// Which of a lane's two tokens exist, in the tile of a unit that begins at row `y`.
+struct Exist {
+  bool first, second;
+};
+__device__ __forceinline__ Exist tokens_exist(Shape shape, const Place& at, const Unit& u, int y) {
+  const bool column = at.column < u.nx, first = shape != Shape::square || y + at.row < u.ny;
+  return {column && first, column && y + at.row + second_row(shape) < u.ny};
+}
+
+/// acc * factor of a tile's tokens to memory. `to` is this lane's first one, from `stored_channel` on, and `to_second`
+/// the distance of the other.
 /// NOTE: one shuffle turns pairs of channels into fours, so every 8-byte store of the warp fills whole 32-byte sectors.
 template <class T, int kHeadDim>
-__device__ __forceinline__ void store_tile(T* to, int row_stride, const Place& at, const float (&acc)[kHeadDim / 8][4],
-                                           float factor0, float factor1, bool has_column, bool has_second) {
-  T* second = ptx::opaque(to + row_stride);
+__device__ __forceinline__ void store_tile(T* to, int to_second, const WindowParams& p, const Place& at,
+                                           const float (&acc)[kHeadDim / 8][4], float factor0, float factor1,
+                                           const Exist& exist) {
+  T* second = ptx::opaque(to + to_second);
+  const int channels = p.head_dim - at.t % 2 * 8, of_first = exist.first ? channels : 0,
+            of_second = exist.second ? channels : 0;
 #pragma unroll
   for (int n = 0; n < kHeadDim / 8; n += 2) {
     uint32_t a = ptx::pack<T>(acc[n][0] * factor0, acc[n][1] * factor0);
@@ -273,8 +333,8 @@ __device__ __forceinline__ void store_tile(T* to, int row_stride, const Place& a
     uint32_t c = ptx::pack<T>(acc[n][2] * factor1, acc[n][3] * factor1);
     uint32_t d = ptx::pack<T>(acc[n + 1][2] * factor1, acc[n + 1][3] * factor1);
     pairs_to_fours(a, b, at.t), pairs_to_fours(c, d, at.t);
-    if (has_column) ptx::store_global_64(to + n * 8, a, b);
-    if (has_column && has_second) ptx::store_global_64(second + n * 8, c, d);
+    if (n * 8 < of_first) ptx::store_global_64(to + n * 8, a, b);
+    if (n * 8 < of_second) ptx::store_global_64(second + n * 8, c, d);
   }
 }
 

@@ -32,7 +32,7 @@ __device__ __forceinline__ void fill_bias(const Place& at, uint32_t to, const Wi
   const uint32_t none = __float_as_uint(-INFINITY);
   for (int i = at.thread; i < table.rows() * 2 * table.x; i += at.threads) {
     int column = i;
-    const int dy = p.by_bias_columns.split(column) - table.y, dx = column - table.x;
+    const int dy = p.by_bias_columns.split(column) - table.origin, dx = column - table.x;
     const uint32_t first = __float_as_uint(entry(dy, dx)), second = __float_as_uint(entry(dy, dx + 1));
     ptx::store_shared_64(to + i * 8, first, second);
     ptx::store_shared_64(to + table.kind_bytes + i * 8, first, none);
@@ -41,15 +41,15 @@ __device__ __forceinline__ void fill_bias(const Place& at, uint32_t to, const Wi
 }
 
 /// What a lane adds to its accumulators before the first product: the column mask, or mask and bias in one.
-template <int kOctets, bool kBias>
+template <Shape kShape, bool kBias>
 struct Addends;
 
-template <int kOctets>
-struct Addends<kOctets, false> {
-  float mask[kOctets][4];
+template <Shape kShape>
+struct Addends<kShape, false> {
+  float mask[step_octets(kShape)][4];
 
   __device__ __forceinline__ void set(const WindowParams& p, const Place& at, Span seen, int, uint32_t) {
-    column_mask<kOctets>(mask, p, at, seen);
+    column_mask(mask, p, at, seen);
   }
   __device__ __forceinline__ void load(float (&c)[4], int octet, uint32_t) const {
 #pragma unroll
@@ -58,8 +58,9 @@ struct Addends<kOctets, false> {
   __device__ __forceinline__ bool sees(int octet, int e) const { return mask[octet][e] == 0; }
 };
 
-template <int kOctets>
-struct Addends<kOctets, true> {
+template <Shape kShape>
+struct Addends<kShape, true> {
+  static constexpr int kOctets = step_octets(kShape);
   uint32_t lane[kOctets];  // of this lane's pairs in row 0 of the table
   uint32_t pitch;
   Span seen;  // columns, this lane's first being 0
@@ -73,12 +74,12 @@ struct Addends<kOctets, true> {
       const bool first = seen.contains(h * 8), second = seen.contains(h * 8 + 1);
       const int pair = first || second ? dx + h * 8 + at.t * 2 + p.bias_table.x : 0,
                 kind = first ? !second : second * 2;
-      lane[h] = table + (first || second ? kind : 1) * p.bias_table.kind_bytes + pair * 8;
+      lane[h] = table + (first || second ? kind : 1) * p.bias_table.kind_bytes + pair * 8 - at.row * pitch;
     }
   }
-  /// `row`: byte offset of the table's row for row 0 of the tile; row 1 is one further from the key.
+  /// `row`: byte offset of the table's row for row 0 of the tile; others are further from the key.
   __device__ __forceinline__ void load(float (&c)[4], int octet, uint32_t row) const {
-    const uint32_t above = row - pitch;  // uniform, as `row` is
+    const uint32_t above = row - second_row(kShape) * pitch;  // uniform, as `row` is
     const uint2 a = ptx::load_shared_64(lane[octet] + row), b = ptx::load_shared_64(lane[octet] + above);
     c[0] = __uint_as_float(a.x), c[1] = __uint_as_float(a.y), c[2] = __uint_as_float(b.x), c[3] = __uint_as_float(b.y);
   }
@@ -86,8 +87,9 @@ struct Addends<kOctets, true> {
 };
 
 /// Where the table's rows for row `y` of a unit's tile begin.
-__device__ __forceinline__ void set_bias_row(RowPair& rows, const WindowParams& p, const Unit& u, int y) {
-  rows.bias_index = u.box_y.begin + rows.first_row - u.y0 - y + p.bias_table.y;
+template <Shape kShape>
+__device__ __forceinline__ void set_bias_row(TileRows<kShape>& rows, const WindowParams& p, const Unit& u, int y) {
+  rows.bias_index = u.box_y.begin + rows.first_row - u.y0 - y + p.bias_table.origin;
   rows.bias = rows.bias_index * p.bias_table.pitch;
 }
 
@@ -98,7 +100,7 @@ struct LaneSums {
   uint32_t next;   // address of the row dy - 1
   float carry[2];  // of tile row 0 in the key row before; tile row 1 meets the same dy one key row later
 
-  /// Starts a tile; `row`: see RowPair::bias_index.
+  /// Starts a tile; `row`: see TileRows::bias_index.
   __device__ __forceinline__ void start(uint32_t lane_sums, int row) {
     next = lane_sums + (row - 1) * kBiasSumPitch;
     carry[0] = carry[1] = 0;
@@ -134,24 +136,24 @@ struct BiasSums {
   /// The same for every tile of a block. Columns that do not exist see nothing.
   __device__ __forceinline__ void set_column(const Place& at, Span seen, int x) const {
     if (at.t != 0) return;
-    ptx::store_shared_64(spans + (at.unit * p.tiling.tile_x + at.x + at.g) * 8, seen.begin - x, seen.end - x);
+    ptx::store_shared_64(spans + (at.unit * p.tiling.tile_x + at.column) * 8, seen.begin - x, seen.end - x);
   }
 
   /// All warps' sums of an entry.
   __device__ __forceinline__ float entry(int unit, int dy, int dx) const {
-    const int octets = p.octets(), bytes = p.bias_table.sum_bytes();
+    const int octets = p.tiling.warps_x(), bytes = p.bias_table.sum_bytes();
     float sum = 0;
     for (int octet = 0; octet < octets; ++octet) {
       const uint32_t columns = spans + (unit * octets + octet) * 64;
       const int first = int(ptx::load_shared_32(columns));  // dx of the octet's first key column, for column 0
       uint32_t of_octet =
-          tables + (unit * p.tiling.row_pairs * octets + octet) * bytes + (dy + p.bias_table.y) * kBiasSumPitch;
+          tables + (unit * p.tiling.warps_y * octets + octet) * bytes + (dy + p.bias_table.origin) * kBiasSumPitch;
 #pragma unroll
       for (int g = 0; g < 8; ++g) {
         const uint2 seen = ptx::load_shared_64(columns + g * 8);
         if (dx < int(seen.x) || dx >= int(seen.y)) continue;
         const uint32_t address = of_octet + g * 32 + ((dx + g - first) & 7) * 4;
-        for (int i = 0; i < p.tiling.row_pairs; ++i)
+        for (int i = 0; i < p.tiling.warps_y; ++i)
           sum += __uint_as_float(ptx::load_shared_32(address + i * octets * bytes));
       }
     }

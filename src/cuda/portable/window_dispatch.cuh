@@ -9,11 +9,11 @@
 
 namespace natten::cuda_portable {
 
-/// Calls f(element, head dim); the host accepts only these.
+/// Calls f(element, channels); the host accepts only these.
 template <class F>
 void dispatch_window(DType dtype, int head_dim, F&& f) {
   const auto by_dim = [&](auto element) {
-    if (head_dim == 32) return f(element, std::integral_constant<int, 32>{});
+    if (channel_bucket(head_dim) == 32) return f(element, std::integral_constant<int, 32>{});
     f(element, std::integral_constant<int, 64>{});
   };
   if (dtype == DType::bf16) return by_dim(bf16{});

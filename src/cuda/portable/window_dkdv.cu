@@ -13,9 +13,9 @@
 
 namespace natten::cuda_portable {
 
-template <class T, int kHeadDim, int kOctets, bool kTables>
+template <class T, int kHeadDim, Shape kShape, bool kTables>
 struct WindowDKDV {
-  static constexpr int kWords = kHeadDim / 32, kRowBytes = kHeadDim * 2;
+  static constexpr int kWords = kHeadDim / 32, kRowBytes = kHeadDim * 2, kOctets = step_octets(kShape);
   static constexpr int kStep = 3 - kOctets;  // query rows of a step of 16 queries
 
   const WindowParams& p;
@@ -44,7 +44,7 @@ struct WindowDKDV {
   /// One step of 16 queries.
   template <bool kCareful>
   __device__ __forceinline__ void add_step(uint32_t lane_row, uint32_t lane_transposed, uint32_t lane_stats, int row,
-                                           const RowPair& rows, const Addends<kOctets, kTables>& addends,
+                                           const TileRows<kShape>& rows, const Addends<kShape, kTables>& addends,
                                            uint32_t bias) {
     const bool second_row = row + 1 < rows.rows;
     const uint32_t to_second = kOctets == 2 ? 8 * kRowBytes : second_row ? row_bytes : 0;
@@ -70,7 +70,7 @@ struct WindowDKDV {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int query_row = kOctets == 2 ? row : row + h;
-      const bool sees[2] = {query_row < rows.limit0, query_row >= rows.first1 && query_row < rows.rows};
+      const bool sees[2] = {rows.sees(0, query_row), rows.sees(1, query_row)};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const bool visible = sees[e / 2] && addends.sees(kOctets == 2 ? h : 0, e);
@@ -96,12 +96,13 @@ struct WindowDKDV {
   /// Adds all queries of the tile's inverse windows. `queries`: address of the unit's first query, `stats` of its
   /// statistics.
   template <bool kCareful>
-  __device__ __forceinline__ void pass(uint32_t queries, uint32_t stats, const RowPair& rows, const Columns& c) {
+  __device__ __forceinline__ void pass(uint32_t queries, uint32_t stats, const TileRows<kShape>& rows,
+                                       const Columns& c) {
 #pragma unroll 1
     for (int first = 0; first < c.columns; first += 8 * kOctets) {
-      Addends<kOctets, kTables> addends;
+      Addends<kShape, kTables> addends;
       addends.set(p, at, {c.mine.begin - first, c.mine.end - first}, c.dx + first, bias_table);
-      const LaneAddresses<kHeadDim, kOctets> lane(at, c.column + first);
+      const LaneAddresses<kHeadDim, kShape> lane(at, c.column + first);
       uint32_t row_address = queries + lane.row, transposed = queries + lane.transposed, bias = rows.bias;
       uint32_t lane_stats = stats + (c.column + first + at.g) * 16 + at.t % 2 * 4;
 #pragma unroll 1
@@ -125,15 +126,15 @@ struct WindowDKDV {
       for (int e = 0; e < 4; ++e) acc_dk[n][e] = other.acc_dk[n][e], acc_dv[n][e] = other.acc_dv[n][e];
   }
   /// A NaN in a key makes the statistics of the queries that see it NaN; others must not notice.
-  __device__ static __noinline__ void add_with_care(WindowDKDV& tile, uint32_t queries, uint32_t stats, RowPair rows,
-                                                    Columns columns) {
+  __device__ static __noinline__ void add_with_care(WindowDKDV& tile, uint32_t queries, uint32_t stats,
+                                                    TileRows<kShape> rows, Columns columns) {
     tile.template pass<true>(queries, stats, rows, columns);
   }
 };
 
-template <class T, int kHeadDim, int kOctets, bool kTables>
+template <class T, int kHeadDim, Shape kShape, bool kTables>
 struct WindowDKDVBlock {
-  using Tile = WindowDKDV<T, kHeadDim, kOctets, kTables>;
+  using Tile = WindowDKDV<T, kHeadDim, kShape, kTables>;
   static constexpr int kWords = kHeadDim / 32, kRowBytes = kHeadDim * 2;
 
   const WindowParams& p;
@@ -142,16 +143,14 @@ struct WindowDKDVBlock {
   Unit unit;  // of this warp
   uint32_t shared_q, shared_dout, stats, spans, bias;
 
-  __device__ __forceinline__ WindowDKDVBlock(const WindowParams& params, uint32_t shared) : p(params), at(params) {
-    const WindowTiling& t = p.tiling;
+  __device__ __forceinline__ WindowDKDVBlock(const WindowParams& params, uint32_t shared)
+      : p(params), at(params, kShape) {
     int block = blockIdx.x, plane = p.by_blocks.split(block);
     batch = p.by_z.split(plane), z = plane;
-    const int queries = t.rows * t.pitch, all = t.units * queries, first = at.unit * queries;
-    unit = decode_unit<true>(p, block * t.units + at.unit);
-    shared_q = shared + first * kRowBytes, shared_dout = shared_q + (all + kTailKeys) * kRowBytes;
-    stats = shared + (all + kTailKeys) * (2 * kRowBytes) + first * 16;
-    spans = shared + (all + kTailKeys) * (2 * kRowBytes + 16) + at.unit * t.tile_y * 8;
-    bias = spans + (t.units - at.unit) * t.tile_y * 8 + at.unit * p.bias_table.bytes();
+    const WindowMap map(p, WindowKernel::dkdv, kHeadDim, at.unit);
+    unit = decode_unit<true>(p, block * p.tiling.units + at.unit);
+    shared_q = shared + map.first, shared_dout = shared + map.second, stats = shared + map.stats;
+    spans = shared + map.spans, bias = shared + map.bias + at.unit * p.bias_table.bytes();
     if (unit.ny > 0) load(0), fill_row_spans<true>(at, spans, unit);
     const int tail = first_of_tail(p, at, unit);
     if (tail < 0) return;
@@ -186,19 +185,14 @@ struct WindowDKDVBlock {
     fill_zero(at, stats + rows * pitch * 16, detail::min(kTailKeys, (p.tiling.rows - rows) * pitch) * 16);
   }
 
-  /// A tile's two rows of a tensor, 16 bytes of each per lane.
-  struct Loaded {
+  /// A fragments of the tile's keys.
+  __device__ __forceinline__ void load_fragments(uint32_t (&a)[kHeadDim / 16][4], const Column<const T>& of,
+                                                 const LaneChannels<kHeadDim>& channels, int y) const {
     uint4 words[2][kWords];
-  };
-  __device__ __forceinline__ Loaded load_tile(const Column<const T>& of, int y) const {
-    Loaded l;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const T* from = of.at(detail::min(y + i, unit.ny - 1));
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) l.words[i][w] = ptx::load_global_128(from + w * 32);
-    }
-    return l;
+    for (int i = 0; i < 2; ++i)
+      channels.load(words[i], of.at(detail::min(y + at.row + i * second_row(kShape), unit.ny - 1)));
+    make_fragments<kHeadDim>(a, words, p.zero, channels);
   }
 
   /// The next of the heads that share a key head; a block has one unit then.
@@ -209,40 +203,32 @@ struct WindowDKDVBlock {
     __syncthreads();
   }
 
-  /// Of queries that share this unit's head of keys. Instances without tables are for one.
-  __device__ __forceinline__ int heads() const { return kTables ? p.heads_per_kv : 1; }
+  /// Of queries that share this unit's head of keys. Bodies of flat tiles without tables are for one.
+  __device__ __forceinline__ int heads() const { return kTables || kShape == Shape::square ? p.heads_per_kv : 1; }
 
-  /// NOTE: the first tile's rows come while the block waits for its box: later there are no registers to prefetch into.
   __device__ __forceinline__ void run() {
-    const bool has_column = at.x + at.g < unit.nx;
-    const int x = unit.x0 + detail::min(at.x + at.g, unit.nx - 1), step = p.tiling.row_pairs * 2;
-    const Column<const T> k(p, p.k, batch, z, unit, x, at.t * 8), v(p, p.v, batch, z, unit, x, at.t * 8);
-    const auto exists_at = [&](int y) { return at.x < unit.nx && y < unit.ny; };
-    Loaded l_k{}, l_v{};
-    const auto load_tiles = [&](int y) {
-      if (exists_at(y)) l_k = load_tile(k, y), l_v = load_tile(v, y);
-    };
-    load_tiles(at.row_pair * 2);
-    ptx::cp_async_wait<0>();
-    __syncthreads();
+    const int x = unit.x0 + detail::min(at.column, unit.nx - 1), step = p.tiling.step_rows();
     const int first = seen_from<true>(unit.x, unit.x0 + at.x).begin;
     const Span seen = seen_from<true>(unit.x, x);
     typename Tile::Columns columns;
-    columns.columns = seen_from<true>(unit.x, unit.x0 + detail::min(at.x + 7, unit.nx - 1)).end - first;
+    const int last = detail::min(at.x + tile_columns(kShape), unit.nx) - 1;
+    columns.columns = seen_from<true>(unit.x, unit.x0 + last).end - first;
     columns.column = first - unit.box_x.begin;
     columns.mine = {seen.begin - first, seen.end - first}, columns.dx = first - x;
     Tile tile(p, at);
     tile.weights[0] = SplitWeights<T>::fragment(at.t), tile.weights[1] = ptx::opaque(tile.weights[0], p.zero);
     tile.to_dout = shared_dout - shared_q;
     tile.row_bytes = p.tiling.pitch * kRowBytes, tile.row_stats = p.tiling.pitch * 16;
+    const LaneChannels<kHeadDim> channels(p, at);
+    const Column<const T> k(p, p.k, batch, z, unit, x, channels.first), v(p, p.v, batch, z, unit, x, channels.first);
     const Column<T> dk(p, p.dk, batch, z, unit, x, stored_channel(at.t));
     const Column<T> dv(p, p.dv, batch, z, unit, x, stored_channel(at.t));
     tile.bias_table = bias;
-    for (int y = at.row_pair * 2; y < p.tiling.tile_y; y += step) {
-      const bool exists = exists_at(y), has_second = y + 1 < unit.ny;
+    for (int y = at.y; y < p.tiling.tile_y; y += step) {
+      const bool exists = at.x < unit.nx && y < unit.ny;
       if (!exists && heads() == 1) break;
-      make_fragments<kHeadDim>(tile.k, l_k.words, p.zero), make_fragments<kHeadDim>(tile.v, l_v.words, p.zero);
-      RowPair rows(spans, y, has_second);
+      if (exists) load_fragments(tile.k, k, channels, y), load_fragments(tile.v, v, channels, y);
+      TileRows<kShape> rows(spans, at, y, unit.ny);
       if constexpr (kTables) set_bias_row(rows, p, unit, y);
       const uint32_t queries = shared_q + rows.first_row * tile.row_bytes;
       const uint32_t statistics = stats + rows.first_row * tile.row_stats;
@@ -262,11 +248,11 @@ struct WindowDKDVBlock {
       }
       if (!exists) continue;
       const auto store = [&](const Column<T>& to, const float(&acc)[kHeadDim / 8][4], float factor) {
-        store_tile<T, kHeadDim>(to.at(y), to.row, at, acc, factor, factor, has_column, has_second);
+        store_tile<T, kHeadDim>(to.at(y + at.row), second_row(kShape) * to.row, p, at, acc, factor, factor,
+                                tokens_exist(kShape, at, unit, y));
       };
       if (p.dk.ptr) store(dk, tile.acc_dk, p.scale);
       if (p.dv.ptr) store(dv, tile.acc_dv, 1.0f);
-      load_tiles(y + step);
     }
   }
 
@@ -277,28 +263,32 @@ struct WindowDKDVBlock {
   }
 };
 
-template <class T, int kHeadDim, int kOctets, bool kTables>
+template <class T, int kHeadDim, Shape kShape, bool kTables>
 __device__ __forceinline__ void run_window_dkdv(const WindowParams& p, uint32_t shared) {
-  WindowDKDVBlock<T, kHeadDim, kOctets, kTables> block(p, shared);
+  WindowDKDVBlock<T, kHeadDim, kShape, kTables> block(p, shared);
+  ptx::cp_async_wait<0>();
+  __syncthreads();
   block.run();
 }
 
-template <class T, int kHeadDim, int kOctets>
+template <class T, int kHeadDim, Shape kShape>
 __global__ void __launch_bounds__(256, kHeadDim == 32 ? 2 : 1)
     window_dkdv_kernel(const __grid_constant__ WindowParams p) {
   extern __shared__ __align__(128) unsigned char smem[];
   const uint32_t shared = ptx::shared_address(smem);
-  if (p.bias_table.y > 0) return run_window_dkdv<T, kHeadDim, kOctets, true>(p, shared);
-  run_window_dkdv<T, kHeadDim, kOctets, false>(p, shared);
+  if (p.bias_table.y > 0) return run_window_dkdv<T, kHeadDim, kShape, true>(p, shared);
+  if (kShape == Shape::flat && p.tiling.shape == Shape::square)
+    return run_window_dkdv<T, kHeadDim, Shape::square, false>(p, shared);
+  run_window_dkdv<T, kHeadDim, kShape, false>(p, shared);
 }
 
-void launch_window_dkdv(const WindowParams& params, DType dtype, int head_dim, void* stream) {
-  dispatch_window(dtype, head_dim, [&](auto element, auto dim) {
+void launch_window_dkdv(const WindowParams& params, DType dtype, void* stream) {
+  dispatch_window(dtype, params.head_dim, [&](auto element, auto channels) {
     using T = decltype(element);
-    const size_t bytes = window_shared_bytes(params, {.head_dim = dim, .stats = true});
+    const size_t bytes = window_shared_bytes(params, WindowKernel::dkdv);
     const auto go = [&](auto kernel) { launch_window(kernel, params, bytes, stream, cuda::Start::overlapping); };
-    if (dim == 32 && params.octets() == 1) return go(window_dkdv_kernel<T, 32, 1>);
-    go(window_dkdv_kernel<T, dim, 2>);
+    if (params.tiling.shape == Shape::narrow) return go(window_dkdv_kernel<T, 32, Shape::narrow>);
+    go(window_dkdv_kernel<T, channels, Shape::flat>);
   });
 }
 

@@ -16,15 +16,15 @@
 
 namespace natten::cuda_portable {
 
-template <class T, int kHeadDim, int kOctets, bool kBias>
+template <class T, int kHeadDim, Shape kShape, bool kBias>
 struct WindowDQ {
-  static constexpr int kWords = kHeadDim / 32, kKeyBytes = kHeadDim * 2;
+  static constexpr int kWords = kHeadDim / 32, kKeyBytes = kHeadDim * 2, kOctets = step_octets(kShape);
   static constexpr int kStep = 3 - kOctets;  // key rows of a step of 16 keys
 
   const WindowParams& p;
   const Place at;
   uint32_t q[kHeadDim / 16][4], dout[kHeadDim / 16][4];
-  Addends<kOctets, kBias> addends;
+  Addends<kShape, kBias> addends;
   uint32_t bias_sums;  // address of this lane's
   float lse_log2[2], minus_delta[4];
   uint32_t lane_row, lane_transposed, to_v, row_bytes;
@@ -33,7 +33,7 @@ struct WindowDQ {
   __device__ __forceinline__ WindowDQ(const WindowParams& params, const Place& place) : p(params), at(place) {}
 
   template <bool kCareful>
-  __device__ __forceinline__ void pass(uint32_t offset, const RowPair& rows) {
+  __device__ __forceinline__ void pass(uint32_t offset, const TileRows<kShape>& rows) {
     set_zero(acc);
     uint32_t bias = rows.bias;
     LaneSums sums;
@@ -63,7 +63,7 @@ struct WindowDQ {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int key_row = kOctets == 2 ? row : row + h;
-        const bool sees[2] = {key_row < rows.limit0, key_row >= rows.first1 && key_row < rows.rows};
+        const bool sees[2] = {rows.sees(0, key_row), rows.sees(1, key_row)};
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           const float addend = sees[e / 2] ? -lse_log2[e / 2] : -INFINITY;
@@ -93,18 +93,18 @@ struct WindowDQ {
   }
 
   /// Whether the sums are finite. If not, it may come from keys that are not seen: then `again`, with care.
-  __device__ __forceinline__ bool attend(uint32_t offset, const RowPair& rows) {
+  __device__ __forceinline__ bool attend(uint32_t offset, const TileRows<kShape>& rows) {
     pass<false>(offset, rows);
     return __all_sync(~0u, finite_witness(acc, 0) + finite_witness(acc, 1) == 0);
   }
-  __device__ static __noinline__ void again(WindowDQ& tile, uint32_t offset, RowPair rows) {
+  __device__ static __noinline__ void again(WindowDQ& tile, uint32_t offset, TileRows<kShape> rows) {
     tile.template pass<true>(offset, rows);
   }
 };
 
-template <class T, int kHeadDim, int kOctets, bool kBias>
+template <class T, int kHeadDim, Shape kShape, bool kBias>
 struct WindowDQBlock {
-  using Tile = WindowDQ<T, kHeadDim, kOctets, kBias>;
+  using Tile = WindowDQ<T, kHeadDim, kShape, kBias>;
   static constexpr int kWords = kHeadDim / 32, kKeyBytes = kHeadDim * 2;
 
   const WindowParams& p;
@@ -114,15 +114,13 @@ struct WindowDQBlock {
   uint32_t shared_k, shared_v, spans, bias;
 
   __device__ __forceinline__ WindowDQBlock(const WindowParams& params, uint32_t shared, int block)
-      : p(params), at(params) {
-    const WindowTiling& t = p.tiling;
+      : p(params), at(params, kShape) {
     int plane = p.by_blocks.split(block);
     batch = p.by_z.split(plane), z = plane;
-    const int keys = t.rows * t.pitch, all = t.units * keys;
-    unit = decode_unit<false>(p, block * t.units + at.unit);
-    shared_k = shared + at.unit * keys * kKeyBytes, shared_v = shared_k + (all + kTailKeys) * kKeyBytes;
-    spans = shared + 2 * (all + kTailKeys) * kKeyBytes + at.unit * t.tile_y * 8;
-    bias = shared + 2 * (all + kTailKeys) * kKeyBytes + t.units * t.tile_y * 8;
+    const WindowMap map(p, WindowKernel::dq, kHeadDim, at.unit);
+    unit = decode_unit<false>(p, block * p.tiling.units + at.unit);
+    shared_k = shared + map.first, shared_v = shared + map.second;
+    spans = shared + map.spans, bias = shared + map.bias;
     if (unit.ny > 0) {
       const int head_kv = unit.head / p.heads_per_kv;
       load_box<kHeadDim>(p, at, unit, p.k, plane_base<const T>(p.k, batch, z, head_kv), p.v,
@@ -158,34 +156,32 @@ struct WindowDQBlock {
     Column<const float> lse, dlse;
   };
 
-  __device__ __forceinline__ Loaded load_tile(const Columns& of, int y) const {
-    Loaded l{};
+  __device__ __forceinline__ Loaded load_tile(const Columns& of, const LaneChannels<kHeadDim>& channels, int y) const {
+    Loaded l;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row = detail::min(y + i, unit.ny - 1);
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        l.q[i][w] = ptx::load_global_128(of.q.at(row) + w * 32);
-        l.dout[i][w] = ptx::load_global_128(of.dout.at(row) + w * 32);
-        l.out[i][w] = ptx::load_global_128(of.out.at(row) + w * 32);
-      }
+      const int row = detail::min(y + at.row + i * second_row(kShape), unit.ny - 1);
+      channels.load(l.q[i], of.q.at(row)), channels.load(l.dout[i], of.dout.at(row));
+      channels.load(l.out[i], of.out.at(row));
       l.lse[i] = ptx::load_global_32(of.lse.at(row));
       l.dlse[i] = p.dlse.ptr ? ptx::load_global_32(of.dlse.at(row)) : 0.0f;
     }
     return l;
   }
 
-  /// NOTE: the first tile's rows come while the block waits for its box: later there are no registers to prefetch into.
+  /// Begins when the block's loads are under way.
   __device__ __forceinline__ void run() {
-    const bool has_column = at.x + at.g < unit.nx;
-    const int x = unit.x0 + detail::min(at.x + at.g, unit.nx - 1), step = p.tiling.row_pairs * 2;
-    const Columns columns{{p, p.q, batch, z, unit, x, at.t * 8},
-                          {p, p.dout, batch, z, unit, x, at.t * 8},
-                          {p, p.out, batch, z, unit, x, at.t * 8},
+    constexpr bool kPrefetch = kHeadDim == 64;  // with 32 channels no registers are left for the next tile's rows
+    const bool has_column = at.column < unit.nx;
+    const int x = unit.x0 + detail::min(at.column, unit.nx - 1), step = p.tiling.step_rows();
+    const LaneChannels<kHeadDim> channels(p, at);
+    const Columns columns{{p, p.q, batch, z, unit, x, channels.first},
+                          {p, p.dout, batch, z, unit, x, channels.first},
+                          {p, p.out, batch, z, unit, x, channels.first},
                           {p, p.lse, batch, z, unit, x},
                           {p, p.dlse, batch, z, unit, x}};
     Loaded l{};
-    if (at.x < unit.nx) l = load_tile(columns, at.row_pair * 2);
+    if (kPrefetch && at.x < unit.nx) l = load_tile(columns, channels, at.y);
     ptx::cp_async_wait<0>();
     __syncthreads();
     if (at.x >= unit.nx) return;
@@ -199,24 +195,27 @@ struct WindowDQBlock {
       sums.set_column(at, seen, x);
       tile.bias_sums = sums.of_lane(at);
     }
-    const LaneAddresses<kHeadDim, kOctets> lane(at, first.begin - unit.box_x.begin);
+    const LaneAddresses<kHeadDim, kShape> lane(at, first.begin - unit.box_x.begin);
     tile.lane_row = shared_k + lane.row, tile.lane_transposed = shared_k + lane.transposed;
     tile.to_v = shared_v - shared_k, tile.row_bytes = p.tiling.pitch * kKeyBytes;
     const Column<T> dq(p, p.dq, batch, z, unit, x, stored_channel(at.t));
     const Column<uint4> stats(p, p.stats, batch, z, unit, x);
-    for (int y = at.row_pair * 2; y < unit.ny; y += step) {
-      const bool has_second = y + 1 < unit.ny;
-      take(tile, l);
-      if (has_column && at.t == 0) store_stats(tile, stats, y, has_second, l);
-      RowPair rows(spans, y, has_second);
+    for (int y = at.y; y < unit.ny; y += step) {
+      const Exist exist = tokens_exist(kShape, at, unit, y);
+      if (!kPrefetch) l = load_tile(columns, channels, y);
+      take(tile, l, channels);
+      if (exist.first && at.t == 0) store_stats(tile, stats, y, exist.second, l);
+      if (kPrefetch) l = load_tile(columns, channels, y + step);
+      TileRows<kShape> rows(spans, at, y, unit.ny);
       if constexpr (kBias) {
         set_bias_row(rows, p, unit, y);
-        if (!has_second) rows.first1 = rows.rows;  // nor of a row
+        if (y + 1 == unit.ny) rows.begin[1] = rows.rows;  // nor of a row
       }
       const uint32_t offset = rows.first_row * tile.row_bytes;
       const auto store = [&](const Tile& result) {
         if (p.dq.ptr)
-          store_tile<T, kHeadDim>(dq.at(y), dq.row, at, result.acc, p.scale, p.scale, has_column, has_second);
+          store_tile<T, kHeadDim>(dq.at(y + at.row), second_row(kShape) * dq.row, p, at, result.acc, p.scale, p.scale,
+                                  exist);
       };
       if (tile.attend(offset, rows)) {
         store(tile);
@@ -225,18 +224,21 @@ struct WindowDQBlock {
         Tile::again(copy, offset, rows);
         store(copy);
       }
-      if (y + step < unit.ny) l = load_tile(columns, y + step);
     }
   }
 
-  __device__ __forceinline__ void take(Tile& tile, const Loaded& l) const {
+  __device__ __forceinline__ void take(Tile& tile, const Loaded& l, const LaneChannels<kHeadDim>& channels) const {
     constexpr float kLog2e = 1.44269504088896341f;
-    make_fragments<kHeadDim>(tile.q, l.q, p.zero), make_fragments<kHeadDim>(tile.dout, l.dout, p.zero);
+    make_fragments<kHeadDim>(tile.q, l.q, p.zero, channels);
+    make_fragments<kHeadDim>(tile.dout, l.dout, p.zero, channels);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float delta = 0;
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) delta += dot_words<T>(l.dout[i][w], l.out[i][w]);
+      for (int w = 0; w < kWords; ++w) {
+        const float sum = dot_words<T>(l.dout[i][w], l.out[i][w]);
+        delta += w + 1 < kWords || channels.mask ? sum : 0.0f;
+      }
       const float minus_delta = l.dlse[i] - add_over_quad(delta);
       tile.minus_delta[2 * i] = minus_delta, tile.minus_delta[2 * i + 1] = minus_delta + p.zero_float;
       // A query to which the bias leaves no key has probabilities 0.
@@ -252,15 +254,15 @@ struct WindowDQBlock {
       const float lse = kBias && l.lse[i] == -INFINITY ? 0 : l.lse[i];  // logits are -infinity already
       const uint2 a = SplitWeights<T>::split(-lse * p.inverse_scale);
       const uint2 b = SplitWeights<T>::split(tile.minus_delta[2 * i]);
-      ptx::store_global_128(stats.at(y + i), uint4{a.x, a.y, b.x, b.y});
+      ptx::store_global_128(stats.at(y + at.row + i * second_row(kShape)), uint4{a.x, a.y, b.x, b.y});
     }
   }
 };
 
-template <class T, int kHeadDim, int kOctets, bool kBias>
+template <class T, int kHeadDim, Shape kShape, bool kBias>
 __device__ __forceinline__ void run_window_dq(const WindowParams& p, uint32_t shared) {
   for (int64_t i = blockIdx.x; i < p.num_blocks; i += gridDim.x) {
-    WindowDQBlock<T, kHeadDim, kOctets, kBias> block(p, shared, int(i));
+    WindowDQBlock<T, kHeadDim, kShape, kBias> block(p, shared, int(i));
     if (kBias && i == blockIdx.x) block.start_bias();
     block.run();
     if (!kBias) return;
@@ -269,23 +271,25 @@ __device__ __forceinline__ void run_window_dq(const WindowParams& p, uint32_t sh
   }
 }
 
-template <class T, int kHeadDim, int kOctets>
+template <class T, int kHeadDim, Shape kShape>
 __global__ void __launch_bounds__(256, kHeadDim == 32 ? 2 : 1)
     window_dq_kernel(const __grid_constant__ WindowParams p) {
   extern __shared__ __align__(128) unsigned char smem[];
   const uint32_t shared = ptx::shared_address(smem);
   ptx::let_next_kernel_start();
-  if (p.bias_table.y > 0) return run_window_dq<T, kHeadDim, kOctets, true>(p, shared);
-  run_window_dq<T, kHeadDim, kOctets, false>(p, shared);
+  if (p.bias_table.y > 0) return run_window_dq<T, kHeadDim, kShape, true>(p, shared);
+  if (kShape == Shape::flat && p.tiling.shape == Shape::square)
+    return run_window_dq<T, kHeadDim, Shape::square, false>(p, shared);
+  run_window_dq<T, kHeadDim, kShape, false>(p, shared);
 }
 
-void launch_window_dq(const WindowParams& params, DType dtype, int head_dim, void* stream) {
-  dispatch_window(dtype, head_dim, [&](auto element, auto dim) {
+void launch_window_dq(const WindowParams& params, DType dtype, void* stream) {
+  dispatch_window(dtype, params.head_dim, [&](auto element, auto channels) {
     using T = decltype(element);
-    const size_t bytes = window_shared_bytes(params, {.head_dim = dim, .bias_sums = true});
+    const size_t bytes = window_shared_bytes(params, WindowKernel::dq);
     const auto go = [&](auto kernel) { launch_window(kernel, params, bytes, stream); };
-    if (dim == 32 && params.octets() == 1) return go(window_dq_kernel<T, 32, 1>);
-    go(window_dq_kernel<T, dim, 2>);
+    if (params.tiling.shape == Shape::narrow) return go(window_dq_kernel<T, 32, Shape::narrow>);
+    go(window_dq_kernel<T, channels, Shape::flat>);
   });
 }
 

@@ -13,16 +13,17 @@
 
 namespace natten::cuda_portable {
 
-template <class T, int kHeadDim, int kOctets, bool kRing, bool kBias>
+template <class T, int kHeadDim, Shape kShape, bool kRing, bool kBias>
 struct WindowForward {
-  static constexpr int kWords = kHeadDim / 32, kKeyBytes = kHeadDim * 2;
+  static constexpr int kWords = kHeadDim / 32, kKeyBytes = kHeadDim * 2, kOctets = step_octets(kShape);
   static constexpr int kStep = kOctets == 2 ? 2 : 4;  // key rows of an iteration: two steps of 16 keys
   static constexpr bool kMaximumFirst = std::is_same_v<T, f16>;
+  static constexpr float kSmallestWeight = std::is_same_v<T, f16> ? 1.0f / 256 : 1;  // see count_nonfinite
 
   const WindowParams& p;
   const Place at;
   uint32_t q[kHeadDim / 16][4];  // A fragments
-  Addends<kOctets, kBias> addends;
+  Addends<kShape, kBias> addends;
   uint32_t lane_k, lane_v;  // addresses of the first key row's fragments
   uint32_t row_bytes, ring_bytes;
 
@@ -38,7 +39,7 @@ struct WindowForward {
     return kRing ? min(offset, offset - ring_bytes) : offset;  // unsigned: the difference of a smaller one is huge
   }
 
-  /// Logits before the scale, of 8 keys; `bias`: see RowPair.
+  /// Logits before the scale, of 8 keys; `bias`: see TileRows.
   __device__ __forceinline__ void scores(float (&s)[4], uint32_t offset, uint32_t bias, int octet) const {
     uint4 key[kWords];
     float addend[4];
@@ -50,13 +51,13 @@ struct WindowForward {
   /// One step of 16 keys: rows `row` (and `row + 1`, if an octet is all there is of a row).
   template <bool kCareful>
   __device__ __forceinline__ void add_step(const float (&s)[2][4], int row, uint32_t offset0, uint32_t offset1,
-                                           const RowPair& rows, float (&nonfinite)[kHeadDim / 8][4]) {
+                                           const TileRows<kShape>& rows, float (&nonfinite)[kHeadDim / 8][4]) {
     uint32_t value[kHeadDim / 16][4], probability[4], visible[4];
     load_transposed<kHeadDim>(value, lane_v + (kOctets == 1 && (at.lane & 8) ? offset1 : offset0));
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int key_row = kOctets == 2 ? row : row + h;
-      const bool sees[2] = {key_row < rows.limit0, key_row >= rows.first1 && key_row < rows.rows};
+      const bool sees[2] = {rows.sees(0, key_row), rows.sees(1, key_row)};
       float x[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
@@ -80,16 +81,16 @@ struct WindowForward {
     ptx::mma_16816<T>(acc_sum, probability, ones, ones);
   }
 
-  /// NaN counts 1, infinity 2^7, -infinity 2^14: at most 127 keys are seen. They leave `value`, so that 0 * NaN does
-  /// not reach the queries that do not see them.
+  /// NaN counts 1, infinity 2^8, -infinity 2^16 of the smallest weight: at most 255 keys are seen, so a float holds all
+  /// three counts. They leave `value`, so that 0 * NaN does not reach the queries that do not see them.
   __device__ __forceinline__ void count_nonfinite(uint32_t (&value)[kHeadDim / 16][4], const uint32_t (&visible)[4],
                                                   float (&nonfinite)[kHeadDim / 8][4]) const {
     constexpr uint32_t kInfinity = std::is_same_v<T, bf16> ? 0x7f80 : 0x7c00;
     const auto weight = [](uint32_t half) {
       return !is_nonfinite_half<T>(half)     ? 0.0f
-             : half == kInfinity             ? 128.0f
-             : half == (kInfinity | 0x8000u) ? 16384.0f
-                                             : 1.0f;
+             : half == kInfinity             ? kSmallestWeight * 256
+             : half == (kInfinity | 0x8000u) ? kSmallestWeight * 65536
+                                             : kSmallestWeight;
     };
     uint32_t weights[kHeadDim / 16][4];
 #pragma unroll
@@ -105,7 +106,8 @@ struct WindowForward {
   /// All key rows of the tile, from `offset` on. kCareful: what is not seen is left out by selection, not by adding
   /// -infinity, and non-finite values are counted.
   template <bool kCareful>
-  __device__ __forceinline__ void pass(uint32_t offset, const RowPair& rows, float (&nonfinite)[kHeadDim / 8][4]) {
+  __device__ __forceinline__ void pass(uint32_t offset, const TileRows<kShape>& rows,
+                                       float (&nonfinite)[kHeadDim / 8][4]) {
     set_zero(acc_o);
     row_sum[0] = row_sum[1] = 0;
     acc_sum[0] = acc_sum[1] = acc_sum[2] = acc_sum[3] = 0;
@@ -135,7 +137,7 @@ struct WindowForward {
   }
 
   /// The true maximum as reference, of rows that are not `good`.
-  __device__ __forceinline__ void take_maximum(uint32_t offset, const RowPair& rows, bool good0, bool good1) {
+  __device__ __forceinline__ void take_maximum(uint32_t offset, const TileRows<kShape>& rows, bool good0, bool good1) {
     float maximum[2] = {-INFINITY, -INFINITY};
     uint32_t bias = rows.bias;
 #pragma unroll 1
@@ -144,8 +146,8 @@ struct WindowForward {
       for (int h = 0; h < kOctets; ++h) {
         float s[4];
         scores(s, offset, bias, h);
-        if (row < rows.limit0) maximum[0] = fmaxf(maximum[0], fmaxf(s[0], s[1]));
-        if (row >= rows.first1) maximum[1] = fmaxf(maximum[1], fmaxf(s[2], s[3]));
+        if (rows.sees(0, row)) maximum[0] = fmaxf(maximum[0], fmaxf(s[0], s[1]));
+        if (rows.sees(1, row)) maximum[1] = fmaxf(maximum[1], fmaxf(s[2], s[3]));
       }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -164,7 +166,7 @@ struct WindowForward {
   }
 
   /// Rows whose sums were good keep their reference and hence their bits.
-  __device__ __forceinline__ void compute_again(uint32_t offset, const RowPair& rows) {
+  __device__ __forceinline__ void compute_again(uint32_t offset, const TileRows<kShape>& rows) {
     float nonfinite[kHeadDim / 8][4];
 #pragma unroll 1
     for (int attempt = 0; attempt < 2; ++attempt) {
@@ -178,10 +180,10 @@ struct WindowForward {
     for (int n = 0; n < kHeadDim / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int count = int(nonfinite[n][e]);
-        if (count & 127) acc_o[n][e] = NAN;
-        if (count >> 7 & 127) acc_o[n][e] += INFINITY;
-        if (count >> 14) acc_o[n][e] -= INFINITY;
+        const int count = int(nonfinite[n][e] / kSmallestWeight);
+        if (count & 255) acc_o[n][e] = NAN;
+        if (count >> 8 & 255) acc_o[n][e] += INFINITY;
+        if (count >> 16) acc_o[n][e] -= INFINITY;
       }
   }
 
@@ -190,7 +192,7 @@ struct WindowForward {
   }
 
   /// Whether the results are right; if not, they need `again`.
-  __device__ __forceinline__ bool attend(uint32_t offset, const RowPair& rows) {
+  __device__ __forceinline__ bool attend(uint32_t offset, const TileRows<kShape>& rows) {
     reference[0] = reference[1] = 0;
     if (kMaximumFirst) take_maximum(offset, rows, false, false);
     float unused[kHeadDim / 8][4];
@@ -199,14 +201,14 @@ struct WindowForward {
   }
 
   /// NOTE: a function of its own, so that its registers are not spilled in every tile.
-  __device__ static __noinline__ void again(WindowForward& tile, uint32_t offset, RowPair rows) {
+  __device__ static __noinline__ void again(WindowForward& tile, uint32_t offset, TileRows<kShape> rows) {
     tile.compute_again(offset, rows);
   }
 };
 
-template <class T, int kHeadDim, int kOctets, bool kRing, bool kBias>
+template <class T, int kHeadDim, Shape kShape, bool kRing, bool kBias>
 struct WindowForwardBlock {
-  using Tile = WindowForward<T, kHeadDim, kOctets, kRing, kBias>;
+  using Tile = WindowForward<T, kHeadDim, kShape, kRing, kBias>;
   static constexpr int kWords = kHeadDim / 32, kKeyBytes = kHeadDim * 2;
 
   const WindowParams& p;
@@ -216,15 +218,14 @@ struct WindowForwardBlock {
   uint32_t shared_k, shared_v, spans, bias;
   RowLoader<kHeadDim, true> ring;
 
-  __device__ __forceinline__ WindowForwardBlock(const WindowParams& params, uint32_t shared) : p(params), at(params) {
-    const WindowTiling& t = p.tiling;
+  __device__ __forceinline__ WindowForwardBlock(const WindowParams& params, uint32_t shared)
+      : p(params), at(params, kShape) {
     int block = blockIdx.x, plane = p.by_blocks.split(block);
     batch = p.by_z.split(plane), z = plane;
-    const int keys = t.rows * t.pitch, all = t.units * keys;
-    unit = decode_unit<false>(p, block * t.units + at.unit);
-    shared_k = shared + at.unit * keys * kKeyBytes, shared_v = shared_k + (all + kTailKeys) * kKeyBytes;
-    spans = shared + 2 * (all + kTailKeys) * kKeyBytes + at.unit * t.tile_y * 8;
-    bias = shared + 2 * (all + kTailKeys) * kKeyBytes + t.units * t.tile_y * 8 + at.unit * p.bias_table.bytes();
+    const WindowMap map(p, WindowKernel::forward, kHeadDim, at.unit);
+    unit = decode_unit<false>(p, block * p.tiling.units + at.unit);
+    shared_k = shared + map.first, shared_v = shared + map.second;
+    spans = shared + map.spans, bias = shared + map.bias + at.unit * p.bias_table.bytes();
     if (unit.ny > 0) load_rows(), fill_row_spans<false>(at, spans, unit);
     ptx::cp_async_commit();
     if (kBias && unit.ny > 0) fill_bias<T, false>(at, bias, p, unit.head);
@@ -240,33 +241,31 @@ struct WindowForwardBlock {
     if (!kRing) return load_box<kHeadDim>(p, at, unit, p.k, k, p.v, v, shared_k, shared_v);
     ring = RowLoader<kHeadDim, true>(p, at, unit, p.k, k, p.v, v, shared_k, shared_v);
     ring.load(p, p.k, p.v, p.tiling.rows);
+    clear_missing_channels<kHeadDim>(p, at, shared_k, shared_v);
   }
 
   __device__ __forceinline__ void run() {
-    const int step = p.tiling.row_pairs * 2, steps = (unit.ny + step - 1) / step;
-    const bool has_octet = at.x < unit.nx, has_column = at.x + at.g < unit.nx;
-    const int x = unit.x0 + detail::min(at.x + at.g, unit.nx - 1);
-    const Column<const T> q(p, p.q, batch, z, unit, x, at.t * 8);
+    const int step = p.tiling.step_rows(), steps = (unit.ny + step - 1) / step;
+    const bool has_columns = at.x < unit.nx;
+    const int x = unit.x0 + detail::min(at.column, unit.nx - 1);
+    const LaneChannels<kHeadDim> channels(p, at);
+    const Column<const T> q(p, p.q, batch, z, unit, x, channels.first);
     const Column<T> out(p, p.out, batch, z, unit, x, stored_channel(at.t));
     const Column<float> lse(p, p.lse, batch, z, unit, x);
     uint4 next[2][kWords];
     const auto load_queries = [&](int y) {
-      const T* first = q.at(y);
-      const T* second = first + (y + 1 < unit.ny ? q.row : 0);
 #pragma unroll
-      for (int i = 0; i < kWords; ++i)
-        next[0][i] = ptx::load_global_128(first + i * 32), next[1][i] = ptx::load_global_128(second + i * 32);
+      for (int i = 0; i < 2; ++i)
+        channels.load(next[i], q.at(detail::min(y + at.row + i * second_row(kShape), unit.ny - 1)));
     };
-    if (has_octet) load_queries(detail::min(at.row_pair * 2, unit.ny - 1));
+    if (has_columns) load_queries(at.y);
 
     const Span first = seen_from<false>(unit.x, unit.x0 + detail::min(at.x, unit.nx - 1));
     const Span mine = seen_from<false>(unit.x, x);
     Tile tile(p, at);
     tile.addends.set(p, at, {mine.begin - first.begin, mine.end - first.begin}, first.begin - x, bias);
-    const int column = has_octet ? first.begin - unit.box_x.begin : 0;
-    const int key = column + at.g, value = column + (kOctets == 2 ? at.lane & 15 : at.lane & 7);
-    tile.lane_k = shared_k + key * kKeyBytes + ((at.t ^ chunk_swizzle<kHeadDim>(key)) << 4);
-    tile.lane_v = shared_v + value * kKeyBytes + ((at.lane / 16 ^ chunk_swizzle<kHeadDim>(value)) << 4);
+    const LaneAddresses<kHeadDim, kShape> lane(at, has_columns ? first.begin - unit.box_x.begin : 0);
+    tile.lane_k = shared_k + lane.row, tile.lane_v = shared_v + lane.transposed;
     tile.row_bytes = p.tiling.pitch * kKeyBytes, tile.ring_bytes = p.tiling.rows * tile.row_bytes;
 
     if (!kRing) {
@@ -275,12 +274,13 @@ struct WindowForwardBlock {
     }
     for (int i = 0; i < steps; ++i) {
       if (kRing) advance_ring(i, steps, step);
-      const int y = i * step + at.row_pair * 2;
-      if (!has_octet || y >= unit.ny) continue;
+      const int y = i * step + at.y;
+      if (!has_columns || y >= unit.ny) continue;
+      // Unmasked: what stands in place of channels that do not exist is the query's own, and keys have zeros there.
       make_fragments<kHeadDim>(tile.q, next, p.zero);
-      load_queries(detail::min(y + step, unit.ny - 1));
-      const bool has_second = y + 1 < unit.ny;
-      RowPair rows(spans, y, has_second);
+      load_queries(y + step);
+      const Exist exist = tokens_exist(kShape, at, unit, y);
+      TileRows<kShape> rows(spans, at, y, unit.ny);
       if constexpr (kBias) set_bias_row(rows, p, unit, y);
       int slot = rows.first_row;
       if (kRing) p.by_rows.split(slot);
@@ -288,9 +288,10 @@ struct WindowForwardBlock {
       const auto store = [&](const Tile& result) {
         // The bias may leave a query no key: 0, not 0 * infinity.
         const auto factor = [](float sum) { return ptx::reciprocal_approx(kBias ? fmaxf(sum, 1e-37f) : sum); };
-        store_tile<T, kHeadDim>(out.at(y), out.row, at, result.acc_o, factor(result.acc_sum[0]),
-                                factor(result.acc_sum[2]), has_column, has_second);
-        if (p.lse.ptr && has_column && at.t == 0) store_lse(result, lse.at(y), has_second ? lse.row : 0);
+        store_tile<T, kHeadDim>(out.at(y + at.row), second_row(kShape) * out.row, p, at, result.acc_o,
+                                factor(result.acc_sum[0]), factor(result.acc_sum[2]), exist);
+        if (p.lse.ptr && exist.first && at.t == 0)
+          store_lse(result, lse.at(y + at.row), exist.second ? second_row(kShape) * lse.row : 0);
       };
       if (tile.attend(offset, rows)) {
         store(tile);
@@ -323,32 +324,48 @@ struct WindowForwardBlock {
   }
 };
 
-/// NOTE: a bias has instances of its own: in one kernel with the others it made those spill registers.
-template <class T, int kHeadDim, int kOctets, bool kRing, bool kBias>
-__global__ void __launch_bounds__(kRing&& kHeadDim == 64 ? 192 : 128, kHeadDim == 32 ? 4 : 2)
-    window_forward_kernel(const __grid_constant__ WindowParams p) {
+template <class T, int kHeadDim, Shape kShape, bool kRing, bool kBias>
+__device__ __forceinline__ void run_window_forward(const WindowParams& p) {
   extern __shared__ __align__(128) unsigned char smem[];
   ptx::let_next_kernel_start();
-  WindowForwardBlock<T, kHeadDim, kOctets, kRing, kBias> block(p, ptx::shared_address(smem));
+  WindowForwardBlock<T, kHeadDim, kShape, kRing, kBias> block(p, ptx::shared_address(smem));
   if (!kRing || block.unit.ny > 0) block.run();
   ptx::wait_for_previous_kernel();  // so that a kernel behind this one finds both done
 }
 
-template <class T, int kHeadDim, bool kBias>
-void launch_window_forward(const WindowParams& params, void* stream, cuda::Start start) {
-  const size_t bytes = window_shared_bytes(params, {.head_dim = kHeadDim});
-  const auto go = [&](auto kernel) { launch_window(kernel, params, bytes, stream, start); };
-  if (params.tiling.ring) return go(window_forward_kernel<T, kHeadDim, 2, true, kBias>);
-  if (kHeadDim == 32 && params.octets() == 1) return go(window_forward_kernel<T, 32, 1, false, kBias>);
-  go(window_forward_kernel<T, kHeadDim, 2, false, kBias>);
+/// NOTE: a bias has instances of its own: in one kernel with the others it made those spill registers.
+template <class T, int kHeadDim, Shape kShape, bool kRing, bool kBias>
+__global__ void __launch_bounds__(kRing ? 32 * most_flat_warps(kHeadDim) : 128, kHeadDim == 32 ? 4 : 2)
+    window_forward_kernel(const __grid_constant__ WindowParams p) {
+  run_window_forward<T, kHeadDim, kShape, kRing, kBias>(p);
 }
 
-void launch_window_forward(const WindowParams& params, DType dtype, int head_dim, void* stream, bool overlapping) {
+/// Fewer warps fit beside so many keys, so they have registers for both. Groups that need no ring see few columns.
+template <class T, int kHeadDim>
+__global__ void __launch_bounds__(kMostSquareWarps * 32, kHeadDim == 32 ? 2 : 1)
+    window_forward_square_kernel(const __grid_constant__ WindowParams p) {
+  if (p.bias_table.y > 0) return run_window_forward<T, kHeadDim, Shape::square, true, true>(p);
+  run_window_forward<T, kHeadDim, Shape::square, true, false>(p);
+}
+
+template <class T, int kHeadDim, bool kBias>
+void launch_window_forward(const WindowParams& params, void* stream, cuda::Start start) {
+  const auto go = [&](auto kernel) {
+    launch_window(kernel, params, window_shared_bytes(params, WindowKernel::forward), stream, start);
+  };
+  if (params.tiling.shape == Shape::square) return go(window_forward_square_kernel<T, kHeadDim>);
+  if (params.tiling.ring) return go(window_forward_kernel<T, kHeadDim, Shape::flat, true, kBias>);
+  if (kHeadDim == 32 && params.tiling.shape == Shape::narrow)
+    return go(window_forward_kernel<T, 32, Shape::narrow, false, kBias>);
+  go(window_forward_kernel<T, kHeadDim, Shape::flat, false, kBias>);
+}
+
+void launch_window_forward(const WindowParams& params, DType dtype, void* stream, bool overlapping) {
   const auto start = overlapping ? cuda::Start::overlapping : cuda::Start::after_previous;
-  dispatch_window(dtype, head_dim, [&](auto element, auto dim) {
+  dispatch_window(dtype, params.head_dim, [&](auto element, auto channels) {
     using T = decltype(element);
-    if (params.bias_table.y > 0) return launch_window_forward<T, dim, true>(params, stream, start);
-    launch_window_forward<T, dim, false>(params, stream, start);
+    if (params.bias_table.y > 0) return launch_window_forward<T, channels, true>(params, stream, start);
+    launch_window_forward<T, channels, false>(params, stream, start);
   });
 }
 

@@ -128,6 +128,13 @@ __device__ __forceinline__ uint32_t opaque(uint32_t x, uint32_t zero) {
   return y;
 }
 
+/// x, if `mask` has all bits, or 0, if it has none; the compiler knows as little as of `opaque`.
+__device__ __forceinline__ uint32_t masked(uint32_t x, uint32_t mask) {
+  uint32_t y;
+  asm volatile("and.b32 %0, %1, %2;" : "=r"(y) : "r"(x), "r"(mask));
+  return y;
+}
+
 /// p, without the compiler knowing how it was made: else it adds up base and offsets anew at every use.
 template <class T>
 __device__ __forceinline__ T* opaque(T* p) {

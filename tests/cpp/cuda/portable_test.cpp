@@ -70,6 +70,19 @@ TEST(SmallWindow, TakesABiasAndSharedKeyHeads) {
     }
 }
 
+/// Windows that need square tiles, and channels that do not fill their bucket (T-31).
+TEST(SmallWindow, TakesWindowsUpTo13AndEveryEighthHeadDim) {
+  for (const int window : {9, 10, 12, 13})
+    for (const int head_dim : {8, 24, 32, 48, 64})
+      for (const int kv : {1, 2}) {
+        Case c{.name = "", .axes = {{30, window}, {40, window}}, .heads = 2, .heads_kv = kv, .head_dim = head_dim};
+        for (const Pass pass : {Pass::forward, Pass::backward})
+          EXPECT_EQ(plans(c.problem(DType::f16), pass)[0].variant, "window") << window << ", head_dim " << head_dim;
+        c.bias = true;
+        EXPECT_EQ(plans(c.problem(DType::f16), Pass::forward)[0].variant, "window") << window;
+      }
+}
+
 /// Whether results stay the same bits, for all queries, or change to something that is not finite.
 void check_containment(Operands& operands, const Plan& plan, test::Tensor& poisoned, double bad) {
   SCOPED_TRACE(natten::to_string(plan));
@@ -98,8 +111,9 @@ TEST(SmallWindow, ContainsNaNAndInfinityInKeysAndValues) {
   constexpr double kNaN = std::numeric_limits<double>::quiet_NaN(), kInfinity = HUGE_VAL;
   for (const DType dtype : {DType::bf16, DType::f16, DType::f32})
     for (const natten::Axis& y : {natten::Axis{19, 5, 1, 1, false}, natten::Axis{18, 4, 1, 3, true}}) {
-      Case c{.name = "", .axes = {y, natten::Axis{21, 7, 1, 1, false}}};
-      c.batch = 2, c.heads = 2, c.head_dim = 32;
+      // Wide windows are of tiles whose rows see other rows, and of channels that do not fill their bucket.
+      Case c{.name = "", .axes = {y, natten::Axis{21, y.causal ? 12 : 7, 1, 1, false}}};
+      c.batch = 2, c.heads = 2, c.head_dim = y.causal ? 24 : 32;
       Operands operands(c, dtype, kSeed);
       for (const Plan& plan : plans(operands.problem, Pass::forward)) {
         check_containment(operands, plan, operands.k, kNaN);
@@ -144,6 +158,26 @@ TEST(LargeTiles, ContainNaNAndInfinityInKeysAndValues) {
     const Plan plan = large_tile_plan(operands.problem);
     check_containment(operands, plan, operands.k, double(NAN));
     for (const double bad : {double(NAN), HUGE_VAL, -HUGE_VAL}) check_containment(operands, plan, operands.v, bad);
+  }
+}
+
+/// Every key of a window of 169 is infinite or NaN, which a tile counts in one float (T-53).
+TEST(SmallWindow, CountsValuesThatAreNotFinite) {
+  const Case c{.name = "", .axes = {{14, 13}, {18, 13}}, .head_dim = 8};
+  for (const DType dtype : {DType::bf16, DType::f16}) {
+    Operands operands(c, dtype, kSeed);
+    const std::vector<double> bad = {HUGE_VAL, -HUGE_VAL, NAN, 0.0};  // of channels 0 to 3
+    operands.v.for_each([&](const test::Shape& at) {
+      if (at[5] < 4) operands.v.set(at, at[5] == 3 ? (at[3] % 2 ? HUGE_VAL : -HUGE_VAL) : bad[size_t(at[5])]);
+    });
+    const Plan plan = natten::choose_plan(operands.problem, Pass::forward, DeviceKind::cuda, "portable/window");
+    ASSERT_EQ(plan.variant, "window");
+    run(operands, Pass::forward, plan);
+    operands.out.for_each([&](const test::Shape& at) {
+      const double out = operands.out.get(at);
+      const bool right = at[5] < 2 ? out == bad[size_t(at[5])] : at[5] < 4 ? std::isnan(out) : std::isfinite(out);
+      EXPECT_TRUE(right) << test::to_string(dtype) << ", channel " << at[5] << ": " << out;
+    });
   }
 }
 

@@ -106,6 +106,7 @@ uint16_t round_to(float x) {
 }
 
 inline uint32_t opaque(uint32_t x, uint32_t zero) { return x ^ zero; }
+inline uint32_t masked(uint32_t x, uint32_t mask) { return x & mask; }
 template <class T>
 inline T* opaque(T* p) {
   return p;
