@@ -107,8 +107,8 @@ constexpr int channel_bucket(int head_dim) { return head_dim <= 32 ? 32 : 64; }
 enum class WindowKernel { forward, dq, dkdv };
 
 /// Where things lie in the shared memory of a block, in bytes: two boxes of rows of all units, each with zeros behind,
-/// statistics of those rows (in dk, dv), spans of the tiles' rows, tables of the bias, sums for its gradient (in dq). The
-/// first four are those of `unit`.
+/// statistics of those rows (in dk, dv), spans of the tiles' rows, tables of the bias, sums for its gradient (in dq).
+/// The first four are those of `unit`.
 struct WindowMap {
   int first, second, stats, spans, bias, bias_sums, end;
 
