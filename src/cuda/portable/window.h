@@ -110,8 +110,8 @@ constexpr int most_flat_warps(int channels) { return channels == 32 ? 4 : 6; }
 enum class WindowKernel { forward, dq, dkdv };
 
 /// Where things lie in the shared memory of a block, in bytes: two boxes of rows of all units, each with zeros behind,
-/// statistics of those rows (in dk, dv), spans of the tiles' rows, tables of the bias, sums for its gradient (in dq). The
-/// first four are those of `unit`.
+/// statistics of those rows (in dk, dv), spans of the tiles' rows, tables of the bias, sums for its gradient (in dq).
+/// The first four are those of `unit`.
 struct WindowMap {
   int first, second, stats, spans, bias, bias_sums, end;
 
