@@ -314,18 +314,15 @@ __device__ __forceinline__ void add_bias(float (&acc)[kWarpTiles][kBlockN / 8][4
   constexpr float kLog2e = 1.44269504088896341f;
   const BiasTable<T> bias(p, head);
 #pragma unroll
-  for (int m = 0; m < kWarpTiles; ++m) {
-    uint32_t row_terms[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      row_terms[i] = bias.term(sum(item.origin, tile_row(p, item, thread_row<kWarpTiles>(m, i))));
+  for (int r = 0; r < 2 * kWarpTiles; ++r) {
+    const int row_term = bias.term(sum(item.origin, tile_row(p, item, thread_row<kWarpTiles>(r / 2, r % 2))));
 #pragma unroll
     for (int n = 0; n < kBlockN / 8; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
+      for (int e = r % 2 * 2; e < r % 2 * 2 + 2; ++e) {
         const int column = 8 * n + threadIdx.x % 4 * 2 + e % 2;
-        if (masks.sees(m, n, e))
-          acc[m][n][e] += kLog2e * to_real(bias.table[int(uint32_t(terms[column]) - row_terms[e / 2])]);
+        if (masks.sees(r / 2, n, e))
+          acc[r / 2][n][e] += kLog2e * to_real(bias.table[int(uint32_t(terms[column]) - uint32_t(row_term))]);
       }
   }
 }
