@@ -47,7 +47,7 @@ void add_windows(std::vector<Case>& list) {
                   .dlse = true});
   list.push_back({.name = "1d_one_token", .axes = {axis(1, 1)}, .dlse = true});
   list.push_back({.name = "3d_one_token_big_window", .axes = {axis(1, 3), axis(1, 4), axis(1, 7)}, .bias = true});
-  list.push_back({.name = "2d_one_row", .axes = {axis(1, 3), axis(23, 5)}, .dlse = true});
+  list.push_back({.name = "2d_one_row", .axes = {axis(1, 3), axis(23, 5)}, .heads = 2, .dlse = true});
   list.push_back({.name = "2d_one_column", .axes = {axis(23, 5), axis(1, 3)}});
 }
 
