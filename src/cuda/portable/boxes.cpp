@@ -110,13 +110,10 @@ double cost_of_tile(const TiledAxis (&axes)[3], const int (&log)[3], int warp_ti
   return 1 + 0.2 * all + (warp_tiles == 2 ? 1.3 : 0.8) * of_warp;
 }
 
-// The shape of a tile, and the rows of a warp, that make the least work.
+// The shape of a tile, and the rows of a warp, that make the least work. Not of how many samples or heads there are:
+// results of one do not depend on the others.
 Tiling choose_tiling(const Problem& p, Side side, int most_warp_tiles) {
   const TiledAxis axes[3] = {{p.axes[0], side}, {p.axes[1], side}, {p.axes[2], side}};
-  const cuda::DeviceInfo* device = cuda::current_device();
-  const double at_once = device ? 2.0 * device->num_sms : 1.0;
-  double groups = p.heads;  // not of all samples: results of one must not depend on how many there are
-  for (const Axis& a : p.axes) groups *= num_groups(a);
   Tiling best;
   double least = HUGE_VAL;
   for (int warp_tiles = 1; warp_tiles <= most_warp_tiles; ++warp_tiles) {
@@ -125,7 +122,7 @@ Tiling choose_tiling(const Problem& p, Side side, int most_warp_tiles) {
       for (int y = 0; z + y <= rows; ++y) {
         const int x = rows - z - y;
         const double tiles = axes[0].tiles(z) * axes[1].tiles(y) * axes[2].tiles(x);
-        const double cost = std::max(tiles * groups, at_once) * cost_of_tile(axes, {z, y, x}, warp_tiles, block_n(p));
+        const double cost = tiles * cost_of_tile(axes, {z, y, x}, warp_tiles, block_n(p));
         if (cost < least) least = cost, best = {{axes[0].size(z), axes[1].size(y), axes[2].size(x)}, warp_tiles};
       }
   }

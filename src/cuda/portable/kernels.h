@@ -35,7 +35,7 @@ void run_samples(std::span<const BackwardSample> samples, const Executor& execut
 
 const char* why_not_window(const Problem& problem, Pass pass);
 Int3 window_tile(const Problem& problem, Pass pass);
-/// False, and nothing done, if the tensors' layouts do not fit (alignment, 32-bit offsets): then boxes run it.
+/// False, and nothing done, if layouts (alignment, 32-bit offsets) or the scale do not fit: then boxes run it.
 bool window_forward(const Problem& problem, const ForwardArgs& args, void* stream);
 bool window_backward(const Problem& problem, const BackwardArgs& args, void* stream, void* workspace);
 size_t window_workspace(const Problem& problem, Pass pass);

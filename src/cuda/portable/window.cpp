@@ -228,6 +228,9 @@ Plane plane(const TensorView& t) {
           int(t.strides[3])};
 }
 
+// Biases and statistics are divided by it.
+bool is_scale_good(const Problem& p) { return p.scale > 1e-6 && p.scale < 1e6; }
+
 // Loads are of 16 bytes and offsets inside a plane of 32 bits.
 bool fits(const Problem& p, const TensorView& t, int64_t multiple) {
   if (!t) return true;
@@ -360,7 +363,6 @@ const char* why_not_window(const Problem& p, Pass pass) {
   if (p.axes[1].window > kMostWindow || p.axes[2].window > kMostWindow) return "the window is larger than 13";
   if (!p.has_window()) return "kernel_size 0 has no windows";
   if (!is_one_step(x, Shape::square)) return "4 neighbours along the last axis see more than 16 keys";
-  if (!(p.scale > 1e-6 && p.scale < 1e6)) return "the scale is not between 1e-6 and 1e6";
   if (double(p.batch) * p.tokens() * p.heads > double(kMostBlocks)) return "there are more than 2^31 queries";
   if (pass == Pass::backward && p.has_bias && (x.window > kMostSummed || choose_shape(p, x) == Shape::square))
     return "there is a relative position bias, and the window is wider than 7 or strided";
@@ -375,6 +377,7 @@ Int3 window_tile(const Problem& p, Pass pass) {
 }
 
 bool window_forward(const Problem& p, const ForwardArgs& args, void* stream) {
+  if (!is_scale_good(p)) return false;
   for (const TensorView& t : {args.q, args.k, args.v, args.out})
     if (!fits(p, t, 8)) return false;
   if (!fits(p, args.lse, 1) || !fits(p, args.bias, 1)) return false;
@@ -390,6 +393,7 @@ size_t window_workspace(const Problem& p, Pass pass) {
 }
 
 bool window_backward(const Problem& p, const BackwardArgs& args, void* stream, void* workspace) {
+  if (!is_scale_good(p)) return false;
   for (const TensorView& t : {args.q, args.k, args.v, args.out, args.dout, args.dq, args.dk, args.dv})
     if (!fits(p, t, 8)) return false;
   for (const TensorView& t : {args.lse, args.dlse, args.bias})

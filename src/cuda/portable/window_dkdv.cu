@@ -24,7 +24,8 @@ struct WindowDKDV {
   uint32_t weights[2];                     // see window_stats.cuh; the same, in two registers for the mma
   uint32_t to_dout, row_bytes, row_stats;  // bytes
   uint32_t bias_table;
-  float acc_dk[kHeadDim / 8][4], acc_dv[kHeadDim / 8][4];
+  using Sums = float[kHeadDim / 8][4];
+  Sums acc_dk, acc_dv;
 
   __device__ __forceinline__ WindowDKDV(const WindowParams& params, const Place& place) : p(params), at(place) {}
 
@@ -41,11 +42,12 @@ struct WindowDKDV {
     }
   }
 
-  /// One step of 16 queries.
+  /// One step of 16 queries. kCareful: what is not seen is left out by selection, and values that are not finite go to
+  /// `nonfinite`, a number per sum of dV that is not 0 if it sees any.
   template <bool kCareful>
   __device__ __forceinline__ void add_step(uint32_t lane_row, uint32_t lane_transposed, uint32_t lane_stats, int row,
                                            const TileRows<kShape>& rows, const Addends<kShape, kTables>& addends,
-                                           uint32_t bias) {
+                                           uint32_t bias, Sums& nonfinite) {
     const bool second_row = row + 1 < rows.rows;
     const uint32_t to_second = kOctets == 2 ? 8 * kRowBytes : second_row ? row_bytes : 0;
     const uint32_t stats_second = kOctets == 2 ? 8 * 16 : second_row ? row_stats : 0;
@@ -63,7 +65,7 @@ struct WindowDKDV {
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) multiply(s[h], k, q[h]), multiply(dp[h], v, g[h]);
-    uint32_t q_value[kHeadDim / 16][4], g_value[kHeadDim / 16][4], probability[4], ds[4];
+    uint32_t q_value[kHeadDim / 16][4], g_value[kHeadDim / 16][4], probability[4], ds[4], seen[4];
     const uint32_t values = lane_transposed + (kOctets == 1 && (at.lane & 8) && second_row ? row_bytes : 0);
     load_transposed<kHeadDim>(g_value, values + to_dout);
     load_transposed<kHeadDim>(q_value, values);
@@ -80,9 +82,32 @@ struct WindowDKDV {
       }
       probability[2 * h] = ptx::pack<T>(s[h][0], s[h][1]), probability[2 * h + 1] = ptx::pack<T>(s[h][2], s[h][3]);
       ds[2 * h] = ptx::pack<T>(dp[h][0], dp[h][1]), ds[2 * h + 1] = ptx::pack<T>(dp[h][2], dp[h][3]);
+      if (!kCareful) continue;
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        seen[2 * h + i] = ptx::pack<T>(sees[i] && addends.sees(kOctets == 2 ? h : 0, 0),
+                                       sees[i] && addends.sees(kOctets == 2 ? h : 0, 1));
     }
+    if (kCareful) take_nonfinite(g_value, q_value, seen, nonfinite);
     multiply_values<T, kHeadDim>(acc_dv, probability, g_value);
     multiply_values<T, kHeadDim>(acc_dk, ds, q_value);
+  }
+
+  /// Out of the values, so that 0 * NaN does not reach keys that the query does not see. A query that is not finite has
+  /// statistics that are not either, and through them reaches all that it sees; a gradient its channels of dV.
+  __device__ __forceinline__ void take_nonfinite(uint32_t (&g_value)[kHeadDim / 16][4],
+                                                 uint32_t (&q_value)[kHeadDim / 16][4], const uint32_t (&seen)[4],
+                                                 Sums& nonfinite) const {
+    uint32_t flags[kHeadDim / 16][4];
+#pragma unroll
+    for (int j = 0; j < kHeadDim / 16; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t g = g_value[j][i];
+        flags[j][i] = ptx::pack<T>(is_nonfinite_half<T>(g & 0xffff), is_nonfinite_half<T>(g >> 16));
+        g_value[j][i] = without_nonfinite<T>(g), q_value[j][i] = without_nonfinite<T>(q_value[j][i]);
+      }
+    multiply_values<T, kHeadDim>(nonfinite, seen, flags);
   }
 
   /// What a tile's keys are seen from: `column`, the first of the box that sees any key of the octet, `columns` of
@@ -96,8 +121,8 @@ struct WindowDKDV {
   /// Adds all queries of the tile's inverse windows. `queries`: address of the unit's first query, `stats` of its
   /// statistics.
   template <bool kCareful>
-  __device__ __forceinline__ void pass(uint32_t queries, uint32_t stats, const TileRows<kShape>& rows,
-                                       const Columns& c) {
+  __device__ __forceinline__ void pass(uint32_t queries, uint32_t stats, const TileRows<kShape>& rows, const Columns& c,
+                                       Sums& nonfinite) {
 #pragma unroll 1
     for (int first = 0; first < c.columns; first += 8 * kOctets) {
       Addends<kShape, kTables> addends;
@@ -107,7 +132,7 @@ struct WindowDKDV {
       uint32_t lane_stats = stats + (c.column + first + at.g) * 16 + at.t % 2 * 4;
 #pragma unroll 1
       for (int row = 0; row < rows.rows; row += kStep) {
-        add_step<kCareful>(row_address, transposed, lane_stats, row, rows, addends, bias);
+        add_step<kCareful>(row_address, transposed, lane_stats, row, rows, addends, bias, nonfinite);
         row_address += kStep * row_bytes, transposed += kStep * row_bytes, lane_stats += kStep * row_stats;
         bias += kStep * p.bias_table.pitch;
       }
@@ -125,10 +150,22 @@ struct WindowDKDV {
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc_dk[n][e] = other.acc_dk[n][e], acc_dv[n][e] = other.acc_dv[n][e];
   }
+  __device__ __forceinline__ void add(uint32_t queries, uint32_t stats, const TileRows<kShape>& rows,
+                                      const Columns& columns) {
+    Sums unused;
+    pass<false>(queries, stats, rows, columns, unused);
+  }
   /// A NaN in a key makes the statistics of the queries that see it NaN; others must not notice.
   __device__ static __noinline__ void add_with_care(WindowDKDV& tile, uint32_t queries, uint32_t stats,
                                                     TileRows<kShape> rows, Columns columns) {
-    tile.template pass<true>(queries, stats, rows, columns);
+    Sums nonfinite;
+    set_zero(nonfinite);
+    tile.template pass<true>(queries, stats, rows, columns, nonfinite);
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (nonfinite[n][e] != 0) tile.acc_dv[n][e] = NAN;
   }
 };
 
@@ -235,7 +272,7 @@ struct WindowDKDVBlock {
       set_zero(tile.acc_dk), set_zero(tile.acc_dv);
       for (int i = 0; i < heads(); ++i) {
         if (i > 0) load_head(i);
-        if (exists) tile.template pass<false>(queries, statistics, rows, columns);
+        if (exists) tile.add(queries, statistics, rows, columns);
       }
       if (!all_finite(tile)) {
         Tile copy = tile;  // whose address may be taken
