@@ -82,9 +82,8 @@ struct WindowDKDV {
       }
       probability[2 * h] = ptx::pack<T>(s[h][0], s[h][1]), probability[2 * h + 1] = ptx::pack<T>(s[h][2], s[h][3]);
       ds[2 * h] = ptx::pack<T>(dp[h][0], dp[h][1]), ds[2 * h + 1] = ptx::pack<T>(dp[h][2], dp[h][3]);
-      if (!kCareful) continue;
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
+      for (int i = 0; kCareful && i < 2; ++i)
         seen[2 * h + i] = ptx::pack<T>(sees[i] && addends.sees(kOctets == 2 ? h : 0, 0),
                                        sees[i] && addends.sees(kOctets == 2 ? h : 0, 1));
     }
