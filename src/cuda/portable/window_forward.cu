@@ -245,7 +245,7 @@ struct WindowForwardBlock {
   }
 
   __device__ __forceinline__ void run() {
-    const int step = p.tiling.step_rows();
+    const int step = p.tiling.step_rows(), steps = (unit.ny + step - 1) / step;
     const bool has_columns = at.x < unit.nx;
     const int x = unit.x0 + detail::min(at.column, unit.nx - 1);
     const LaneChannels<kHeadDim> channels(p, at);
@@ -272,20 +272,20 @@ struct WindowForwardBlock {
       ptx::cp_async_wait<0>();
       __syncthreads();
     }
-    for (int first_y = 0; first_y < unit.ny; first_y += step) {
-      if (kRing) advance_ring(first_y + step, step);
-      const int y = first_y + at.y;
+    for (int i = 0; i < steps; ++i) {
+      if (kRing) advance_ring(i, steps, step);
+      const int y = i * step + at.y;
       if (!has_columns || y >= unit.ny) continue;
       // Unmasked: what stands in place of channels that do not exist is the query's own, and keys have zeros there.
       make_fragments<kHeadDim>(tile.q, next, p.zero);
       load_queries(y + step);
-      const Exist exist = tokens_exist(kShape, at, unit, y);
       TileRows<kShape> rows(spans, at, y, unit.ny);
       if constexpr (kBias) set_bias_row(rows, p, unit, y);
       int slot = rows.first_row;
       if (kRing) p.by_rows.split(slot);
       const uint32_t offset = slot * tile.row_bytes;
       const auto store = [&](const Tile& result) {
+        const Exist exist = tokens_exist(kShape, at, unit, y);  // not before: it would cost the loop registers
         // The bias may leave a query no key: 0, not 0 * infinity.
         const auto factor = [](float sum) { return ptx::reciprocal_approx(kBias ? fmaxf(sum, 1e-37f) : sum); };
         store_tile<T, kHeadDim>(out.at(y + at.row), second_row(kShape) * out.row, p, at, result.acc_o,
@@ -303,12 +303,12 @@ struct WindowForwardBlock {
     }
   }
 
-  /// The rows of this step are here, and those of the next one, from `next_y` on, under way.
-  __device__ __forceinline__ void advance_ring(int next_y, int step) {
+  /// The rows of this step are here, and those of the next one under way.
+  __device__ __forceinline__ void advance_ring(int i, int steps, int step) {
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if (next_y < unit.ny) {
-      const int last = detail::min(next_y + step, unit.ny) - 1;
+    if (i + 1 < steps) {
+      const int last = detail::min((i + 2) * step, unit.ny) - 1;
       ring.load(p, p.k, p.v, int(ptx::load_shared_32(spans + last * 8 + 4)));
     }
     ptx::cp_async_commit();
