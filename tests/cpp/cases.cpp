@@ -363,6 +363,11 @@ const std::vector<Case>& small_window_cases() {
                         .amplitude = i % 4 == 3 ? 12.0 : 1.0,
                         .layout = i % 5 == 4 ? Layout::packed : Layout::contiguous});
       }
+    list.push_back({.name = "wide_window_of_large_stride",
+                    .axes = {{}, axis(6, 1), axis(48, 13, 1, false, 8)},
+                    .batch = 1,
+                    .heads = 1,
+                    .head_dim = 64});
     for (const int d : {8, 24, 40, 48, 56})
       for (const bool bias : {false, true})
         list.push_back({.name = "dim_" + std::to_string(d) + (bias ? "_bias" : ""),

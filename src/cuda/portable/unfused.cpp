@@ -75,6 +75,7 @@ Int3 choose_octets(const Problem& p, Side side) {
     for (int tz = 1; tz <= octets; tz *= 2)
       for (int ty = 1; tz * ty <= octets; ty *= 2) {
         const int tx = octets / tz / ty;
+        if (tx > kMostOctetsX) continue;
         const double tiles = count(tz, ty, 8 * tx);
         const Int3 pair = pair_of({tz, ty, tx});
         const double pairs = (tiles * (octets / 2) + count(pair.z, pair.y, pair.x)) / 2;  // half the price if empty

@@ -22,6 +22,7 @@ constexpr int kMostHeadDim = 64;
 constexpr int kStepColumns = 16;         // of keys, that the queries of a warp's tile see
 constexpr int64_t kMostPlane = 1 << 29;  // elements, so that offsets in bytes fit 32 bits
 constexpr int64_t kMostStride = int64_t{1} << 32;
+constexpr int64_t kMostTokens = int64_t{1} << 30;  // as boxes, which run what does not fit
 constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
 constexpr int kMostSummed = 7;   // window of which a bias has a gradient: see LaneSums
 constexpr int kBlocksPerSm = 8;  // of dq where each has sums: few enough tables, even work
@@ -87,7 +88,7 @@ int least_parts(const Problem& p, const Axis& y) { return detail::ceil_div(y.ext
 // Rows and columns of a strip's ring: what this step and the next one see.
 void set_ring(const Axis& y, const Axis& x, WindowTiling& t) {
   t.rows = seen_by(y, 2 * t.step_rows());
-  t.pitch = round_up(std::min(seen_by(x, t.tile_x), x.extent), 8);
+  t.pitch = round_up(std::min(seen_by_aligned(x, t.tile_x), x.extent), 8);
 }
 
 // Blocks that a multiprocessor holds: shared memory, of which each takes 1 KiB more than it asks for, and registers
@@ -344,7 +345,9 @@ bool fits_shared(const Problem& p, Pass pass) {
   const size_t most = size_t(cuda::current_device()->max_shared_bytes);
   if (pass == Pass::forward) {
     const Zone longest{0, int(p.batch), least_parts(p, longest_group(p.axes[1]))};
-    return window_shared_bytes(forward_params(p, {}, longest), WindowKernel::forward) <= most;
+    const WindowParams params = forward_params(p, {}, longest);
+    if (params.tiling.ring && params.row_parts > 1) return false;  // its loader makes one pass of a row
+    return window_shared_bytes(params, WindowKernel::forward) <= most;
   }
   return window_shared_bytes(dq_params(p, {}, nullptr, nullptr), WindowKernel::dq) <= most &&
          window_shared_bytes(dkdv_params(p, {}, nullptr), WindowKernel::dkdv) <= most;
@@ -355,6 +358,7 @@ bool fits_shared(const Problem& p, Pass pass) {
 const char* why_not_window(const Problem& p, Pass pass) {
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return "it runs bfloat16 and float16 only";
   if (p.batch == 0 || p.tokens() == 0) return "there are no queries";
+  if (p.tokens() >= kMostTokens) return "there are more than 2^30 tokens";
   if (p.head_dim > kMostHeadDim || p.head_dim % 8 != 0) return "head_dim is more than 64, or no multiple of 8";
   if (p.head_dim != p.head_dim_v) return "values are not as long as keys";
   if (p.axes[0].window != 1) return "the window has more than one plane";
